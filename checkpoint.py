@@ -1,0 +1,312 @@
+"""Checkpoints: written durably, checked when read, and never able to run code.
+
+    save("runs/a/last.pt", state)        # last.pt, and the one before it as previous.pt
+    state = read("runs/a/last.pt")       # plain types and tensors, or one clear error
+    load_weights(model, state)
+
+A file is one dictionary of plain types and tensors. `compact` packs a network
+for shipping: half precision, zeros as one bit each, the whole compressed.
+"""
+import gzip
+import io
+import math
+import os
+import signal
+import threading
+import zipfile
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+FORMAT = 1
+LARGEST = 2**31      # bytes that a compressed file may expand to
+
+
+# ---- writing
+
+def save(path, state, previous=None):
+    """Write `state` to `path`, whole or not at all; the file that was there moves to `previous`.
+
+    A temporary file in the same folder is written, flushed, synced, read back and
+    renamed; then the folder is synced. Ctrl-C waits until that is done. Raises
+    OSError with the bytes needed where the disk is full; the old file stays.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write(path, buffer.getvalue(), previous)
+
+
+def write(path, content, previous=None):
+    """Write bytes durably; see `save`."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with uninterrupted():
+        try:
+            write_synced(partial, content)
+            if previous and path.exists():
+                replace_by_link(path, Path(previous))
+            os.replace(partial, path)
+            sync_folder(path.parent)
+        except OSError as problem:
+            partial.unlink(missing_ok=True)
+            kept = f"; the previous {path.name} is intact" if path.exists() else ""
+            raise OSError(f"{path} could not be written ({problem.strerror or problem}): "
+                          f"{len(content):,} bytes are needed{kept}") from None
+
+
+def write_synced(path, content):
+    """Write, flush and sync a file, then read it back."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if zlib.crc32(path.read_bytes()) != zlib.crc32(content):
+        raise OSError(0, "what was read back differs from what was written")
+
+
+def replace_by_link(path, previous):
+    """Give the file at `path` the second name `previous`; at no moment is `path` absent."""
+    spare = previous.with_name(previous.name + ".partial")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+    except OSError:                       # a file system without hard links
+        write_synced(spare, path.read_bytes())
+    os.replace(spare, previous)
+
+
+def sync_folder(folder):
+    """Make a rename survive a power cut, where the system lets a folder be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def uninterrupted():
+    """Hold Ctrl-C back until the block has ended, then let it through."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def remove_partial(folder):
+    """Delete what a killed save left behind."""
+    for stale in Path(folder).glob("*.partial"):
+        stale.unlink()
+
+
+# ---- reading
+
+def read(path):
+    """The dictionary in a checkpoint, tensors on the CPU; plain or compressed, masks and halves as they are.
+
+    Raises FileNotFoundError, or ValueError with what is wrong: damaged and in
+    which member, no checkpoint at all, holding code objects, of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    content = inflate(path, path.read_bytes())
+    check_archive(path, content)
+    refuse_code(path, content)
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as problem:
+        raise ValueError(f"{path} is damaged: {str(problem).splitlines()[0]}{offer(path)}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise ValueError(f"{path} is not a checkpoint of this project: it names no format")
+    if state["format"] > FORMAT:
+        raise ValueError(f"{path} has format {state['format']}; this version reads up to {FORMAT}: update the project")
+    return expand(state)
+
+
+def inflate(path, content):
+    """The archive within a compressed file, or the content as it is."""
+    if not content.startswith(b"\x1f\x8b"):
+        return content
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+            inner = stream.read(LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as problem:
+        raise ValueError(f"{path} is damaged: {problem} ({len(content):,} bytes){offer(path)}") from None
+    if len(inner) > LARGEST:
+        raise ValueError(f"{path} expands to more than {LARGEST:,} bytes and is refused")
+    return inner
+
+
+def check_archive(path, content):
+    """Check every member's checksum, which torch.load does not."""
+    if not content:
+        raise ValueError(f"{path} is damaged: it is empty{offer(path)}")
+    if not content.startswith(b"PK"):
+        start = content[:40].decode("ascii", "replace").splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint: it starts with {start!r}{offer(path)}")
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            member = archive.testzip()
+    except Exception as problem:          # zipfile reports damage in many types
+        raise ValueError(f"{path} is damaged or truncated ({len(content):,} bytes): {problem}{offer(path)}") from None
+    if member:
+        raise ValueError(f"{path} is damaged in its member {member}{offer(path)}")
+
+
+def refuse_code(path, content):
+    """Refuse a file that names code objects; nothing of it runs."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+    except Exception as problem:
+        raise ValueError(f"{path} is no checkpoint: {str(problem).splitlines()[0]}") from None
+    if names:
+        raise ValueError(f"{path} holds code objects ({', '.join(sorted(names))}) and is refused; none of it ran")
+
+
+def offer(path):
+    """The previous checkpoint beside a damaged one, with the command that goes on from it, if it is whole."""
+    previous = path.with_name("previous.pt")
+    if path.name != "last.pt" or not previous.exists():
+        return ""
+    try:
+        read(previous)
+    except ValueError:
+        return ""
+    return f"; the one before it is whole, go on from it with: cp {previous} {path}"
+
+
+# ---- weights
+
+def weights_of(model):
+    """{name: tensor} of a model's parameters and buffers, copied to the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def widths_of(model):
+    """{layer: [inputs, outputs]} of every convolution and linear layer, {layer: [channels]} of every batch norm."""
+    widths = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            widths[name] = [module.in_channels, module.out_channels]
+        elif isinstance(module, nn.Linear):
+            widths[name] = [module.in_features, module.out_features]
+        elif isinstance(module, nn.BatchNorm2d):
+            widths[name] = [module.num_features]
+    return widths
+
+
+def network_of(model, architecture):
+    """What a file says of a network: architecture, widths, weights; a part of every checkpoint."""
+    return {"architecture": architecture, "widths": widths_of(model), "weights": weights_of(model)}
+
+
+def load_weights(model, architecture, state):
+    """Put a checkpoint's weights into `model`, which was built from `architecture`.
+
+    Layers take the widths that the file names; half precision is widened to the
+    model's type. Raises ValueError with both architectures and the first tensors
+    that differ.
+    """
+    if state.get("architecture") == architecture:
+        resize(model, state.get("widths", {}))
+    theirs, ours = state["weights"], model.state_dict()
+    wrong = [f"{name} is {describe(theirs.get(name))} in the file, {describe(ours.get(name))} in the network"
+             for name in {**ours, **theirs} if describe(theirs.get(name)) != describe(ours.get(name))]
+    if wrong or state.get("architecture") != architecture:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"the checkpoint is of {state.get('architecture')}, not of {architecture}: "
+                         f"{'; '.join(wrong[:3]) or 'no shape differs'}{more}")
+    model.load_state_dict(theirs)
+
+
+def describe(tensor):
+    """A tensor's shape as text."""
+    return "absent" if tensor is None else "x".join(map(str, tensor.shape)) or "one number"
+
+
+def resize(model, widths):
+    """Give every layer the width that a file names; the weights of a changed layer are then undefined."""
+    current = widths_of(model)
+    for name, width in widths.items():
+        if name not in current or current[name] == width:
+            continue
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Conv2d):
+            fresh = nn.Conv2d(*width, layer.kernel_size, layer.stride, layer.padding, groups=layer.groups,
+                              bias=layer.bias is not None)
+        elif isinstance(layer, nn.Linear):
+            fresh = nn.Linear(*width, bias=layer.bias is not None)
+        else:
+            fresh = nn.BatchNorm2d(*width)
+        model.set_submodule(name, fresh)
+
+
+# ---- compact files
+
+def save_compact(path, network):
+    """Write a network in half precision, zeros as one bit each, compressed; see `compact`."""
+    write(path, compact_bytes(network))
+
+
+def compact_bytes(network):
+    """The bytes of a compact file: `compact`, as an archive, through gzip."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **network, "weights": compact(network["weights"])}, buffer)
+    return gzip.compress(buffer.getvalue(), 9, mtime=0)
+
+
+def compact(weights):
+    """{name: tensor} in half precision; a tensor with zeros becomes its shape, a bitmask and its other values.
+
+    Raises ValueError with the tensors whose values half precision cannot hold.
+    """
+    halves = to_half(weights)
+    return {name: pack(tensor) if tensor.is_floating_point() and bool((tensor == 0).any()) else tensor
+            for name, tensor in halves.items()}
+
+
+def to_half(weights):
+    """Floating tensors rounded to half precision; ValueError that names those that overflow it."""
+    limit = torch.finfo(torch.float16).max
+    large = [f"{name} (largest {tensor.abs().max().item():.3g})" for name, tensor in weights.items()
+             if tensor.is_floating_point() and tensor.numel() and not bool((tensor.abs() <= limit).all())]
+    if large:
+        raise ValueError(f"half precision holds up to {limit:.0f}; beyond it, or not finite: {', '.join(large)}")
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+def pack(tensor):
+    """One tensor as its shape, one bit an entry (packed, first entry highest) and the entries that are not zero."""
+    kept = tensor != 0
+    bits = torch.from_numpy(np.packbits(kept.flatten().numpy()))
+    return {"shape": list(tensor.shape), "kept": bits, "values": tensor[kept]}
+
+
+def unpack(packed):
+    """The tensor that `pack` took."""
+    count = math.prod(packed["shape"])
+    kept = torch.from_numpy(np.unpackbits(packed["kept"].numpy(), count=count).astype(bool))
+    tensor = torch.zeros(count, dtype=packed["values"].dtype)
+    tensor[kept] = packed["values"]
+    return tensor.view(packed["shape"])
+
+
+def expand(state):
+    """A checkpoint with its packed tensors unpacked."""
+    if "weights" not in state:
+        return state
+    return {**state, "weights": {name: unpack(tensor) if isinstance(tensor, dict) else tensor
+                                 for name, tensor in state["weights"].items()}}

@@ -1,0 +1,315 @@
+"""CIFAR-10, CIFAR-100, MNIST and digits: from files on disk to batches on the device.
+
+    data = load("cifar10", "data")                   # uint8 arrays, checked
+    train, validation = split(data)                  # 45,000 and 5,000, fixed
+    for images, labels in Batches(*train, ...):      # (N, 3, 32, 32) float, normalised
+
+`load` reads `data/<dataset>.npz` (a second); where there is none, torchvision's
+reader takes over, download and checksums included, and the `.npz` is written
+for the next start. `digits` ships with scikit-learn and needs no download.
+
+`Batches` keeps the whole set on the device as uint8 and crops, flips and
+normalises each sample there, so that no worker process is needed. People with a
+loop of their own take `loaders`: torchvision transforms and DataLoaders over the
+same splits.
+"""
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+class Kind(NamedTuple):
+    """What is known of a data set; mean and std by channel, of pixels scaled to [0, 1]."""
+
+    shape: tuple          # one image, (H, W, C)
+    counts: tuple         # training and test images
+    mean: tuple
+    std: tuple
+    classes: tuple
+    flip: bool            # whether a mirrored image is still of its class
+    reader: str           # torchvision's class
+
+
+DIGITS = tuple(str(digit) for digit in range(10))
+KINDS = {
+    "cifar10": Kind((32, 32, 3), (50_000, 10_000), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
+                    ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+                    True, "CIFAR10"),
+    "cifar100": Kind((32, 32, 3), (50_000, 10_000), (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762),
+                     tuple(f"class {label}" for label in range(100)), True, "CIFAR100"),
+    "mnist": Kind((28, 28, 1), (60_000, 10_000), (0.1307,), (0.3081,), DIGITS, False, "MNIST"),
+    "digits": Kind((32, 32, 3), (1_437, 360), (0.3054,) * 3, (0.3234,) * 3, DIGITS, False, ""),
+}
+
+
+class Data(NamedTuple):
+    """A data set as arrays: x (N, H, W, C) uint8, y (N,) int64 labels from 0."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+
+def load(dataset, root="data"):
+    """The data set called `dataset` ("cifar10", "cifar100", "mnist" or "digits") as `Data`.
+
+    root: the folder that holds, or will hold, `<dataset>.npz`. Raises ValueError
+    for a file that is damaged or of another form, FileNotFoundError where there
+    is none and it cannot be downloaded, OSError where the folder cannot be used.
+    """
+    if dataset not in KINDS:
+        raise ValueError(f"no data set is called {dataset!r}; choose from {', '.join(KINDS)}")
+    path = Path(root) / f"{dataset}.npz"
+    if path.exists():
+        return check(read_npz(path), KINDS[dataset], path)
+    if dataset == "digits":
+        return check(read_digits(), KINDS[dataset], "scikit-learn's digits")
+    data = check(read_torchvision(dataset, Path(root)), KINDS[dataset], root)
+    write_npz(path, data)
+    return data
+
+
+def read_npz(path):
+    """The four arrays of an `.npz`; its zip's checksums are checked, nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [name for name in Data._fields if name not in archive]
+            if missing:
+                raise ValueError(f"{path} has no array called {missing[0]}; it must hold {', '.join(Data._fields)}")
+            return Data(*(archive[name] for name in Data._fields))
+    except (zipfile.BadZipFile, EOFError, zipfile.zlib.error) as problem:
+        raise ValueError(f"{path} is damaged ({problem}; {path.stat().st_size:,} bytes); "
+                         "delete it, and it is made again from the original files") from None
+    except ValueError as problem:
+        if "pickle" in str(problem):
+            raise ValueError(f"{path} is not an .npz of plain arrays; delete it or put the right file there") from None
+        raise
+
+
+def check(data, kind, source):
+    """`data` with int64 labels, or ValueError: the array, the first bad index, the expected form."""
+    fields = data._asdict()
+    for part, count in zip(("train", "test"), kind.counts, strict=True):
+        images, labels = fields[f"x_{part}"], fields[f"y_{part}"]
+        if images.dtype != np.uint8 or images.shape[1:] != kind.shape:
+            raise ValueError(f"{source}: x_{part} is {images.dtype} {images.shape}; expected uint8 (N, {kind.shape})")
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise ValueError(f"{source}: y_{part} is {labels.dtype} {labels.shape}; expected integers (N,)")
+        if len(images) != count or len(labels) != count:
+            raise ValueError(f"{source}: x_{part} has {len(images):,} images and y_{part} {len(labels):,} labels; "
+                             f"expected {count:,} of each")
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(kind.classes)))
+        if len(wrong):
+            raise ValueError(f"{source}: y_{part}[{wrong[0]}] is {labels[wrong[0]]}; "
+                             f"expected 0 to {len(kind.classes) - 1}")
+    return Data(data.x_train, data.y_train.astype(np.int64), data.x_test, data.y_test.astype(np.int64))
+
+
+def read_digits():
+    """scikit-learn's 1,797 digits of 8x8, scaled to 32x32 and three equal channels; 360 are the test set."""
+    from sklearn.datasets import load_digits
+    images, labels = load_digits(return_X_y=True)
+    small = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) * (255 / 16)
+    large = F.interpolate(small, size=32, mode="bilinear").round().to(torch.uint8)
+    images = large.permute(0, 2, 3, 1).expand(-1, 32, 32, 3).contiguous().numpy()
+    order = np.random.RandomState(0).permutation(len(images))
+    train, test = order[:1_437], order[1_437:]
+    return Data(images[train], labels[train], images[test], labels[test])
+
+
+def read_torchvision(dataset, root):
+    """The set through torchvision's reader, which downloads what is absent and checks it."""
+    datasets = import_torchvision().datasets
+    check_folder(root)
+    check_originals(datasets, KINDS[dataset].reader, root)
+    reader = getattr(datasets, KINDS[dataset].reader)
+    try:
+        train, test = reader(root, train=True, download=True), reader(root, train=False, download=True)
+    except (OSError, RuntimeError) as problem:
+        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise FileNotFoundError(
+            f"{dataset} is neither at {root / (dataset + '.npz')} nor in {root} as torchvision's files, and the "
+            f"download failed ({reason}); put {original_names(reader)} into {root}, "
+            "or try --dataset digits, which needs no download") from None
+    shape = KINDS[dataset].shape
+    return Data(*(array for part in (train, test) for array in
+                  (np.asarray(part.data).reshape(-1, *shape), np.asarray(part.targets))))
+
+
+def import_torchvision():
+    """torchvision, or RuntimeError with both versions where it does not fit the installed torch."""
+    try:
+        import torchvision
+        return torchvision
+    except (ImportError, RuntimeError) as problem:
+        from importlib.metadata import PackageNotFoundError, version
+        try:
+            found = version("torchvision")
+        except PackageNotFoundError:
+            found = "absent"
+        raise RuntimeError(f"torch {torch.__version__} and torchvision {found} do not fit "
+                           f"({str(problem).splitlines()[0]}); "
+                           "mend it with: pip install --upgrade torch torchvision") from None
+
+
+def original_names(reader):
+    """What a person puts into the data folder when the download is impossible."""
+    if hasattr(reader, "filename"):
+        return f"{reader.filename} (md5 {reader.tgz_md5})"
+    return "MNIST/raw/ with " + ", ".join(name for name, _ in reader.resources)
+
+
+def check_originals(datasets, name, root):
+    """Refuse an altered original file before anything in it is unpickled (md5 from torchvision)."""
+    reader = getattr(datasets, name)
+    if not hasattr(reader, "filename"):
+        return
+    expected = [(f"{reader.base_folder}/{part}", md5) for part, md5 in
+                (*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"]))]
+    for part, md5 in [(reader.filename, reader.tgz_md5), *expected]:
+        path = root / part
+        if path.exists():
+            found = hashlib.md5(path.read_bytes()).hexdigest()
+            if found != md5:
+                raise ValueError(f"{path} is truncated or altered: expected md5 {md5}, found {found} "
+                                 f"({path.stat().st_size:,} bytes); delete it or put the right file there")
+
+
+def check_folder(folder):
+    """Make `folder`; OSError with path and reason where that, or writing in it, is impossible."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as problem:
+        raise OSError(f"cannot write in {folder}: {problem.strerror}; choose another folder") from None
+
+
+def write_npz(path, data):
+    """Write `data` for the next start: whole or not at all."""
+    partial = path.with_suffix(".partial.npz")
+    try:
+        np.savez(partial, **data._asdict())
+        os.replace(partial, path)
+    except OSError as problem:
+        partial.unlink(missing_ok=True)
+        print(f"note: {path} was not written ({problem.strerror}); the next start reads the original files again")
+
+
+def split(data, validation=0.1, limit=None):
+    """(images, labels) for training and for validation, cut from the training images.
+
+    The order is a fixed permutation (NumPy's RandomState(0), whose stream is
+    frozen), its last tenth is the validation split: 45,000 and 5,000 of CIFAR-10.
+    limit: at most so many images in each part.
+    """
+    order = np.random.RandomState(0).permutation(len(data.x_train))
+    cut = len(order) - int(len(order) * validation)
+    parts = order[:cut][:limit], order[cut:][:limit]
+    return tuple((data.x_train[part], data.y_train[part]) for part in parts)
+
+
+class Batches:
+    """Batches of one split, resident on the device as uint8; augmented where there is a generator.
+
+    images: (N, H, W, C) uint8 and labels: (N,), as `load` and `split` give them.
+    Yields images (B, C, H, W) float, normalised, and labels (B,) int64.
+    With `generator` (on the same device) an epoch is shuffled, each sample is
+    cropped at its own place (reflect pad of 4) and, where `kind.flip`, mirrored
+    with probability 1/2, and an incomplete last batch is dropped. Without, all
+    images come in order, as they are.
+    """
+
+    def __init__(self, images, labels, batch_size, kind, device="cpu", generator=None, pad=4):
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size}; at least 1 is needed")
+        if generator is not None and batch_size > len(images):
+            raise ValueError(f"batch size {batch_size} is larger than the {len(images):,} training images; "
+                             f"at most {len(images):,} fits")
+        self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+        self.labels = torch.as_tensor(labels, dtype=torch.int64).to(device)
+        self.scale = torch.tensor([255 * std for std in kind.std], device=device).view(-1, 1, 1)
+        self.shift = torch.tensor([mean / std for mean, std in zip(kind.mean, kind.std, strict=True)],
+                                  device=device).view(-1, 1, 1)
+        self.batch_size, self.pad, self.flip, self.generator = batch_size, pad, kind.flip, generator
+
+    def __len__(self):
+        whole, rest = divmod(len(self.labels), self.batch_size)
+        return whole + bool(rest and self.generator is None)
+
+    def __iter__(self):
+        if self.generator is None:
+            for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size),
+                                      strict=True):
+                yield self.normalise(images), labels
+            return
+        order = torch.randperm(len(self.labels), generator=self.generator, device=self.labels.device)
+        for chosen in order.split(self.batch_size)[:len(self)]:
+            yield self.normalise(self.augment(chosen)), self.labels[chosen]
+
+    def normalise(self, images):
+        """uint8 -> float, by channel (x / 255 - mean) / std."""
+        return images / self.scale - self.shift
+
+    def augment(self, chosen):
+        """Crop and mirror the chosen samples, each at its own draw, in one gather."""
+        device, (channels, height, width) = chosen.device, self.images.shape[1:]
+
+        def draw(below):
+            return torch.randint(below, (len(chosen), 1), generator=self.generator, device=device)
+        rows = torch.arange(height, device=device) + draw(2 * self.pad + 1) - self.pad
+        columns = torch.arange(width, device=device) + draw(2 * self.pad + 1) - self.pad
+        rows, columns = reflect(rows, height), reflect(columns, width)
+        if self.flip:
+            columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+        plane = torch.arange(channels, device=device).view(1, -1, 1, 1)
+        return self.images[chosen.view(-1, 1, 1, 1), plane, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def reflect(index, size):
+    """Indices outside 0 .. size - 1 mirrored at the edge, as reflect padding reads them."""
+    return size - 1 - (size - 1 - index.abs()).abs()
+
+
+class Split(torch.utils.data.Dataset):
+    """A torchvision-style data set of one split: item k is (transform(PIL image), label)."""
+
+    def __init__(self, images, labels, transform=None):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        from PIL import Image
+        pixels = self.images[index]
+        image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+        return (self.transform(image) if self.transform else image), int(self.labels[index])
+
+
+def loaders(data, dataset, batch_size=32, workers=0, limit=None):
+    """DataLoaders of training (augmented), validation and test images, for a loop of one's own.
+
+    The same splits as `split`; pad 4, random crop, mirror and normalise with
+    torchvision's transforms. Shuffling draws from torch's global generator.
+    """
+    transforms, kind = import_torchvision().transforms.v2, KINDS[dataset]
+    plain = [transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True),
+             transforms.Normalize(kind.mean, kind.std)]
+    moved = [transforms.RandomCrop(kind.shape[:2], padding=4, padding_mode="reflect")]
+    mirrored = [transforms.RandomHorizontalFlip()] if kind.flip else []
+    train, validation = split(data, limit=limit)
+    loader = torch.utils.data.DataLoader
+    return (loader(Split(*train, transforms.Compose(moved + mirrored + plain)), batch_size, shuffle=True,
+                   drop_last=True, num_workers=workers),
+            *(loader(Split(*part, transforms.Compose(plain)), batch_size, num_workers=workers)
+              for part in (validation, (data.x_test[:limit], data.y_test[:limit]))))

@@ -1,0 +1,152 @@
+"""What every script shares on its command line: technique lines, flags, settings, one-line errors.
+
+A training script opens with a block of technique lines. A line is a default and
+the flag of the same name overrides it, so both mean the same.
+"""
+import argparse
+import ast
+import math
+import re
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+FREE = {"data", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
+BOUNDS = {"batch_size": (1, math.inf), "limit": (2, math.inf), "lr": (1e-12, math.inf), "momentum": (0, 1),
+          "weight_decay": (0, math.inf), "label_smoothing": (0, 1), "mix_probability": (0, 1),
+          "ema_decay": (0, 1), "minimum_density": (0, 1), "seed": (0, 2**63 - 1)}
+
+
+def read_lines(path):
+    """({group: value} of the active technique lines of a script, {group: [values]} of all its lines).
+
+    Raises ValueError with the group and its choices unless exactly one line of
+    each group is active.
+    """
+    block = Path(path).read_text().split("# ---- techniques", 1)[1].split("\n\n", 1)[0]
+    active, choices = {}, {}
+    for comment, group, value in re.findall(r"^(# )?([A-Z]+) = (\S+)", block, re.MULTILINE):
+        choices.setdefault(group, []).append(ast.literal_eval(value))
+        active.setdefault(group, []).extend([] if comment else [ast.literal_eval(value)])
+    for group, values in active.items():
+        if len(values) != 1:
+            raise ValueError(f"{Path(path).name} has {len(values)} active {group} lines; leave one of "
+                             f"{', '.join(map(repr, choices[group]))} without its #")
+    return {group.lower(): values[0] for group, values in active.items()}, choices
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, raised as ValueError."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists the flags")
+
+
+def training_parser(description, choices, datasets):
+    """The flags of a training script; one that is not given is absent from the result."""
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
+    for group, values in choices.items():
+        form = {"choices": values} if isinstance(values[0], str) else {"type": int}
+        if isinstance(values[0], bool):
+            form = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument("--" + group.lower(), help="overrides the technique line", **form)
+    parser.add_argument("--dataset", choices=datasets)
+    parser.add_argument("--data", help="folder of the data set's files (data)")
+    parser.add_argument("--epochs", type=int, nargs="+", help="of each round")
+    parser.add_argument("--recipe", choices=["ours", "published"], help="published: as the original run trained")
+    for name, what in (("batch-size", "images a step"), ("limit", "at most so many images in each split"),
+                       ("seed", "of weights, shuffling, augmentation and mixing")):
+        parser.add_argument("--" + name, type=int, help=what)
+    for name in ("lr", "momentum", "weight-decay", "label-smoothing", "mix-probability", "mix-alpha", "ema-decay"):
+        parser.add_argument("--" + name, type=float)
+    parser.add_argument("--compile", choices=["auto", "on", "off"], help="auto: where it pays and a compiler is there")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--out", help="folder of the run (runs/<data set>-<model>-<time>)")
+    for name, what in (("resume", "continue the run in --out, or the newest one"),
+                       ("force", "resume although settings differ"),
+                       ("dry-run", "show settings and estimated time, then stop"), ("debug", "show tracebacks")):
+        parser.add_argument("--" + name, action="store_true", help=what)
+    return parser
+
+
+def check_settings(settings):
+    """ValueError with the accepted range for the first setting that is out of it."""
+    for name, (low, high) in BOUNDS.items():
+        value = settings[name]
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            upper = "" if high == math.inf else f" and at most {high:g}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {low:g}{upper}")
+    epochs, sparsity = settings["epochs"], settings["sparsity"]
+    if not epochs or min(epochs) < 1:
+        raise ValueError(f"--epochs {' '.join(map(str, epochs))}: each round needs at least 1")
+    if len(epochs) != len(sparsity) + 1:
+        raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: pruning comes between two rounds, "
+                         "so there must be one more number of epochs than of sparsities")
+
+
+def settings_to_resume(state, lines, given):
+    """The settings stored in a checkpoint, with what may differ taken from the flags.
+
+    Raises ValueError that lists what must not differ, unless --force is given.
+    """
+    stored = state["settings"]
+    changed = {name: (stored.get(name), value) for name, value in given.items()
+               if name not in FREE and stored.get(name) != value}
+    changed |= {name: (stored["lines"].get(name), value) for name, value in lines.items()
+                if stored["lines"].get(name) != value and name not in given}
+    if changed and not given.get("force"):
+        listed = "; ".join(f"{name}: {old} then, {new} now" for name, (old, new) in changed.items())
+        raise ValueError(f"the run in {given['out']} has other settings ({listed}); --force accepts the new ones")
+    accepted = {name: new for name, (_, new) in changed.items()}
+    free = {name: given[name] for name in FREE if name in given}
+    return {**stored, "dry_run": False, "debug": False, **accepted, **free, "lines": {**stored["lines"], **lines}}
+
+
+def pick_device(name):
+    """The torch.device called `name`; "auto" is CUDA, then MPS, then the CPU. ValueError names those present."""
+    present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    present += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name == "auto":
+        return torch.device(present[0])
+    if name not in present and f"{name}:0" not in present:
+        raise ValueError(f"device {name!r} is absent; present: {', '.join(present)}")
+    return torch.device(name)
+
+
+def device_name(device):
+    """What a number was measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def command(main):
+    """Run a script's main(argv) and exit: 0, or 2 for bad input, 1 for a failed run, 130 for Ctrl-C.
+
+    An error is one line on stderr; with --debug its traceback comes first. The
+    first Ctrl-C is the last one heard, so that a second cannot spoil the way out.
+    """
+    def interrupt(number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt as problem:
+        sys.exit(report(f"interrupted{'; ' if str(problem) else ''}{problem}", 130))
+    except (ValueError, OSError) as problem:
+        sys.exit(report(problem, 2))
+    except RuntimeError as problem:
+        sys.exit(report(problem, 1))
+
+
+def report(problem, code):
+    """Print one error line, after the traceback where --debug asks for it. Returns the exit code."""
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return code

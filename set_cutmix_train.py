@@ -1,0 +1,63 @@
+"""CutMix: a box of one image is pasted into another, and the label follows its area.
+
+    images, targets = cutmix(images, targets, generator, alpha=1.0, probability=0.5)
+
+Yun et al. 2019 (arXiv:1905.04899), section 3 and algorithm A1. `train.py` calls
+it on each batch when the line MIXING = "cutmix" is active. The targets are class
+probabilities, so that label smoothing and distillation compose with it.
+"""
+import torch
+
+
+def cutmix(images, targets, generator, alpha=1.0, probability=1.0, per_sample=False):
+    """Mix a batch with a permutation of itself; the arguments are not written to.
+
+    images: (N, C, H, W) float; targets: (N, K) class probabilities; generator: on
+    the same device, the only source of randomness. lambda ~ Beta(alpha, alpha);
+    alpha <= 0 means no mixing. With `probability`, for the batch or for each
+    sample, the box is pasted. Returns images and targets of the same shapes.
+    """
+    if alpha <= 0 or probability <= 0:
+        return images, targets
+    count, (height, width) = len(images), images.shape[-2:]
+    draws = count if per_sample else 1
+
+    def uniform():
+        return torch.rand(draws, generator=generator, device=images.device)
+    partner = torch.randperm(count, generator=generator, device=images.device)
+    share = draw_beta(alpha, draws, generator, images.device)
+    share = torch.where(uniform() < probability, share, torch.ones_like(share))
+    rows, columns = (uniform() * height).long(), (uniform() * width).long()
+    return paste(images, targets, partner, share, rows, columns)
+
+
+def draw_beta(alpha, count, generator, device):
+    """(count,) draws of Beta(alpha, alpha), as the ratio of two gamma draws."""
+    # torch.distributions takes no generator; this is the sampler beneath it, which does
+    gamma = torch._standard_gamma(torch.full((2, count), float(alpha), device=device), generator=generator)
+    return gamma[0] / gamma.sum(0).clamp_min(torch.finfo(gamma.dtype).tiny)
+
+
+def paste(images, targets, partner, share, rows, columns):
+    """CutMix for given draws: paste the partner's box, weight the targets by the area that is left.
+
+    partner: (N,) indices; share: (N,) or (1,) lambda in [0, 1]; rows, columns: the
+    centres of the boxes, of the same shape as share. A box has the sides
+    int(side * sqrt(1 - lambda)) and is clipped at the border; lambda is then
+    recomputed as 1 - area / (H W).
+    """
+    height, width = images.shape[-2:]
+    side = (1 - share).sqrt()
+    inside_rows, tall = span(rows, side, height)
+    inside_columns, wide = span(columns, side, width)
+    inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+    kept = (1 - tall * wide / (height * width)).to(targets.dtype)[:, None]
+    return torch.where(inside, images[partner], images), kept * targets + (1 - kept) * targets[partner]
+
+
+def span(centre, side, size):
+    """Which positions of an axis a box covers, (N, size) bool, and how many after clipping, (N,)."""
+    half = (side * size).long() // 2
+    first, last = (centre - half).clamp_min(0), (centre + half).clamp_max(size)
+    position = torch.arange(size, device=centre.device)
+    return (position >= first[:, None]) & (position < last[:, None]), last - first

@@ -1,0 +1,64 @@
+"""The whole job: train, prune, train, prune, train: `python train_pruning.py`.
+
+100 epochs, 70 % of the weights pruned, 25 epochs, 70 % of the rest, 125 epochs:
+a ResNet-18 of 8 groups keeps 9 % of its weights. Edit a technique line below, or
+pass the flag of the same name; `--epochs 8 2 6 --sparsity 0.7 0.7` is a short
+run, `--dry-run` says how long a run will take.
+"""
+import commandline
+import pruning
+from train import finish, fit, start
+
+# ---- techniques: in each group one line is active; --mixing and the like override
+MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
+# MODEL = "resnet34"          # 21.3 M
+# MODEL = "resnet50"          # 23.5 M, bottlenecks
+# MODEL = "resnet101"         # 42.5 M
+# MODEL = "resnet152"         # 58.2 M
+GROUPS = 8                    # factorized: an eighth of the parameters and MACs
+# GROUPS = 4
+# GROUPS = 1                  # dense
+SHUFFLE = True                # interleave the groups' channels, free, arXiv:1707.01083
+# SHUFFLE = False
+MIXING = "cutmix"             # two images share one picture, arXiv:1905.04899
+# MIXING = "none"
+SCHEDULE = "one-cycle"        # in each round: up for a quarter, down to zero, arXiv:1708.07120
+# SCHEDULE = "cosine"         # short warm-up, then half a cosine, arXiv:1608.03983
+# SCHEDULE = "plateau"        # a tenth when the validation loss stalls
+AVERAGING = "ema"             # exponential moving average of the weights
+# AVERAGING = "none"
+
+ROUNDS = {"epochs": [100, 25, 125], "sparsity": [0.7, 0.7]}
+
+
+def add_flags(parser):
+    """The flags that only pruning has."""
+    parser.add_argument("--sparsity", type=float, nargs="+", help="share of the remaining weights pruned after a round")
+    parser.add_argument("--minimum-density", type=float, help="share of each layer that is never pruned (0.01)")
+
+
+def prune(run):
+    """Prune the network of `run` once and step to the next round, whose optimizer starts afresh."""
+    sparsity, floor = run.settings["sparsity"][run.round], run.settings["minimum_density"]
+    run.masks = pruning.global_masks(run.model, sparsity, run.masks, floor)
+    pruning.apply_masks(run.model, run.masks)
+    run.round, run.epoch, run.optimizer = run.round + 1, 0, None
+    held = pruning.held_layers(run.masks, floor)
+    print(f"pruned {100 * sparsity:.0f} % of the remaining weights: {100 * pruning.sparsity_of(run.model):.2f} % zeros"
+          + (f"; held at the minimum density of {floor}: {', '.join(held)}" if held else ""), flush=True)
+
+
+def main(argv):
+    """Train in rounds with pruning between them; the state of a run says where to begin."""
+    run = start(__file__, __doc__.splitlines()[0], ROUNDS, argv, add_flags)
+    if run is None:
+        return
+    fit(run)
+    while run.round + 1 < len(run.settings["epochs"]):
+        prune(run)
+        fit(run)
+    finish(run)
+
+
+if __name__ == "__main__":
+    commandline.command(main)
