@@ -9,6 +9,7 @@ for shipping: half precision, zeros as one bit each, the whole compressed.
 """
 import gzip
 import io
+import json
 import math
 import os
 import signal
@@ -33,7 +34,7 @@ def save(path, state, previous=None):
 
     A temporary file in the same folder is written, flushed, synced, read back and
     renamed; then the folder is synced. Ctrl-C waits until that is done. Raises
-    OSError with the bytes needed where the disk is full; the old file stays.
+    RuntimeError with the bytes needed where the disk is full; the old file stays.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
@@ -54,7 +55,7 @@ def write(path, content, previous=None):
         except OSError as problem:
             partial.unlink(missing_ok=True)
             kept = f"; the previous {path.name} is intact" if path.exists() else ""
-            raise OSError(f"{path} could not be written ({problem.strerror or problem}): "
+            raise RuntimeError(f"{path} could not be written ({problem.strerror or problem}): "
                           f"{len(content):,} bytes are needed{kept}") from None
 
 
@@ -188,6 +189,13 @@ def offer(path):
     return f"; the one before it is whole, go on from it with: cp {previous} {path}"
 
 
+def merge_json(path, values):
+    """Put `values` into the JSON object at `path`, beside what it already holds."""
+    path = Path(path)
+    held = json.loads(path.read_text()) if path.exists() else {}
+    write(path, (json.dumps(held | values, indent=1) + "\n").encode())
+
+
 # ---- weights
 
 def weights_of(model):
@@ -280,12 +288,18 @@ def compact(weights):
 
 def to_half(weights):
     """Floating tensors rounded to half precision; ValueError that names those that overflow it."""
-    limit = torch.finfo(torch.float16).max
+    refuse_overflow(weights, torch.float16)
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+def refuse_overflow(weights, dtype):
+    """ValueError with the floating tensors that `dtype` cannot hold, or not finite, and their largest value."""
+    limit = torch.finfo(dtype).max
     large = [f"{name} (largest {tensor.abs().max().item():.3g})" for name, tensor in weights.items()
              if tensor.is_floating_point() and tensor.numel() and not bool((tensor.abs() <= limit).all())]
     if large:
-        raise ValueError(f"half precision holds up to {limit:.0f}; beyond it, or not finite: {', '.join(large)}")
-    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+        raise ValueError(f"{str(dtype).split('.')[-1]} holds up to {limit:.5g}; beyond it or not finite: "
+                         f"{', '.join(large)}")
 
 
 def pack(tensor):

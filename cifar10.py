@@ -1,8 +1,9 @@
 """CIFAR-10, CIFAR-100, MNIST and digits: from files on disk to batches on the device.
 
     data = load("cifar10", "data")                   # uint8 arrays, checked
-    train, validation = split(data)                  # 45,000 and 5,000, fixed
-    for images, labels in Batches(*train, ...):      # (N, 3, 32, 32) float, normalised
+    train, validation = split(data)                  # indices of 45,000 and 5,000, fixed
+    for images, labels in Batches(data.x_train, data.y_train, 64, KINDS["cifar10"], chosen=train):
+        ...                                          # (64, 3, 32, 32) float, normalised
 
 `load` reads `data/<dataset>.npz` (a second); where there is none, torchvision's
 reader takes over, download and checksums included, and the `.npz` is written
@@ -146,7 +147,7 @@ def read_torchvision(dataset, root):
 def import_torchvision():
     """torchvision, or RuntimeError with both versions where it does not fit the installed torch."""
     try:
-        import torchvision
+        import torchvision.transforms.v2
         return torchvision
     except (ImportError, RuntimeError) as problem:
         from importlib.metadata import PackageNotFoundError, version
@@ -206,22 +207,21 @@ def write_npz(path, data):
 
 
 def split(data, validation=0.1, limit=None):
-    """(images, labels) for training and for validation, cut from the training images.
+    """Indices of the training images for training and for validation: 45,000 and 5,000 of CIFAR-10.
 
     The order is a fixed permutation (NumPy's RandomState(0), whose stream is
-    frozen), its last tenth is the validation split: 45,000 and 5,000 of CIFAR-10.
-    limit: at most so many images in each part.
+    frozen); its last tenth is the validation split. limit: at most so many in each.
     """
     order = np.random.RandomState(0).permutation(len(data.x_train))
     cut = len(order) - int(len(order) * validation)
-    parts = order[:cut][:limit], order[cut:][:limit]
-    return tuple((data.x_train[part], data.y_train[part]) for part in parts)
+    return order[:cut][:limit], order[cut:][:limit]
 
 
 class Batches:
-    """Batches of one split, resident on the device as uint8; augmented where there is a generator.
+    """Batches of images that are resident on the device as uint8; augmented where there is a generator.
 
-    images: (N, H, W, C) uint8 and labels: (N,), as `load` and `split` give them.
+    images: (N, H, W, C) uint8 and labels: (N,), as `load` gives them; chosen:
+    indices of those that take part, all where None.
     Yields images (B, C, H, W) float, normalised, and labels (B,) int64.
     With `generator` (on the same device) an epoch is shuffled, each sample is
     cropped at its own place (reflect pad of 4) and, where `kind.flip`, mirrored
@@ -229,50 +229,49 @@ class Batches:
     images come in order, as they are.
     """
 
-    def __init__(self, images, labels, batch_size, kind, device="cpu", generator=None, pad=4):
+    def __init__(self, images, labels, batch_size, kind, device="cpu", generator=None, pad=4, chosen=None):
+        count = len(images) if chosen is None else len(chosen)
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}; at least 1 is needed")
-        if generator is not None and batch_size > len(images):
-            raise ValueError(f"batch size {batch_size} is larger than the {len(images):,} training images; "
-                             f"at most {len(images):,} fits")
-        self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+        if generator is not None and batch_size > count:
+            raise ValueError(f"batch size {batch_size} is larger than the {count:,} training images; "
+                             f"at most {count:,} fits")
+        self.images = torch.from_numpy(images).to(device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64).to(device)
+        self.chosen = torch.arange(count, device=device) if chosen is None else torch.from_numpy(chosen).to(device)
         self.scale = torch.tensor([255 * std for std in kind.std], device=device).view(-1, 1, 1)
         self.shift = torch.tensor([mean / std for mean, std in zip(kind.mean, kind.std, strict=True)],
                                   device=device).view(-1, 1, 1)
         self.batch_size, self.pad, self.flip, self.generator = batch_size, pad, kind.flip, generator
 
     def __len__(self):
-        whole, rest = divmod(len(self.labels), self.batch_size)
+        whole, rest = divmod(len(self.chosen), self.batch_size)
         return whole + bool(rest and self.generator is None)
 
     def __iter__(self):
-        if self.generator is None:
-            for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size),
-                                      strict=True):
-                yield self.normalise(images), labels
-            return
-        order = torch.randperm(len(self.labels), generator=self.generator, device=self.labels.device)
-        for chosen in order.split(self.batch_size)[:len(self)]:
-            yield self.normalise(self.augment(chosen)), self.labels[chosen]
+        order = self.chosen
+        if self.generator is not None:
+            order = order[torch.randperm(len(order), generator=self.generator, device=order.device)]
+        for indices in order.split(self.batch_size)[:len(self)]:
+            images = self.images[indices] if self.generator is None else self.augment(indices)
+            yield self.normalise(images.permute(0, 3, 1, 2).contiguous()), self.labels[indices]
 
     def normalise(self, images):
-        """uint8 -> float, by channel (x / 255 - mean) / std."""
+        """(N, C, H, W) uint8 -> float, by channel (x / 255 - mean) / std."""
         return images / self.scale - self.shift
 
-    def augment(self, chosen):
-        """Crop and mirror the chosen samples, each at its own draw, in one gather."""
-        device, (channels, height, width) = chosen.device, self.images.shape[1:]
+    def augment(self, indices):
+        """Crop and mirror images, each at its own draw, in one gather: (N, H, W, C)."""
+        device, (height, width) = indices.device, self.images.shape[1:3]
 
         def draw(below):
-            return torch.randint(below, (len(chosen), 1), generator=self.generator, device=device)
+            return torch.randint(below, (len(indices), 1), generator=self.generator, device=device)
         rows = torch.arange(height, device=device) + draw(2 * self.pad + 1) - self.pad
         columns = torch.arange(width, device=device) + draw(2 * self.pad + 1) - self.pad
         rows, columns = reflect(rows, height), reflect(columns, width)
         if self.flip:
             columns = torch.where(draw(2) == 1, columns.flip(1), columns)
-        plane = torch.arange(channels, device=device).view(1, -1, 1, 1)
-        return self.images[chosen.view(-1, 1, 1, 1), plane, rows[:, None, :, None], columns[:, None, None, :]]
+        return self.images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def reflect(index, size):
@@ -283,17 +282,18 @@ def reflect(index, size):
 class Split(torch.utils.data.Dataset):
     """A torchvision-style data set of one split: item k is (transform(PIL image), label)."""
 
-    def __init__(self, images, labels, transform=None):
+    def __init__(self, images, labels, transform=None, chosen=None):
         self.images, self.labels, self.transform = images, labels, transform
+        self.chosen = range(len(labels)) if chosen is None else chosen
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.chosen)
 
     def __getitem__(self, index):
         from PIL import Image
-        pixels = self.images[index]
+        pixels = self.images[self.chosen[index]]
         image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-        return (self.transform(image) if self.transform else image), int(self.labels[index])
+        return (self.transform(image) if self.transform else image), int(self.labels[self.chosen[index]])
 
 
 def loaders(data, dataset, batch_size=32, workers=0, limit=None):
@@ -308,8 +308,8 @@ def loaders(data, dataset, batch_size=32, workers=0, limit=None):
     moved = [transforms.RandomCrop(kind.shape[:2], padding=4, padding_mode="reflect")]
     mirrored = [transforms.RandomHorizontalFlip()] if kind.flip else []
     train, validation = split(data, limit=limit)
-    loader = torch.utils.data.DataLoader
-    return (loader(Split(*train, transforms.Compose(moved + mirrored + plain)), batch_size, shuffle=True,
-                   drop_last=True, num_workers=workers),
-            *(loader(Split(*part, transforms.Compose(plain)), batch_size, num_workers=workers)
-              for part in (validation, (data.x_test[:limit], data.y_test[:limit]))))
+    plain, moved = transforms.Compose(plain), transforms.Compose(moved + mirrored + plain)
+    sets = (Split(data.x_train, data.y_train, moved, train), Split(data.x_train, data.y_train, plain, validation),
+            Split(data.x_test[:limit], data.y_test[:limit], plain))
+    return tuple(torch.utils.data.DataLoader(images, batch_size, shuffle=images is sets[0],
+                                             drop_last=images is sets[0], num_workers=workers) for images in sets)

@@ -8,11 +8,8 @@ one `evaluate` of the project live here; `train_pruning.py` adds the rounds.
 import copy
 import csv
 import json
-import logging
 import math
-import os
 import platform
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -25,6 +22,7 @@ import torch.nn.functional as F
 import checkpoint
 import cifar10
 import commandline
+import compiling
 import pruning
 import resnet_factorized
 from set_cutmix_train import cutmix
@@ -61,7 +59,6 @@ PUBLISHED = {    # the run that this project started from; see measure() for its
     "label_smoothing": 0.0, "compile": "off",
 }
 SHIPPED = Path(__file__).resolve().parent / "pretrained" / "resnet18_groups8_cifar10.pt.gz"
-WORTH_COMPILING = 30_000      # training images, below which compiling costs more than it saves
 
 
 @dataclass
@@ -83,7 +80,7 @@ class Run:
     average: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
     schedule: object = None
-    forward: object = None
+    forward: object = None        # the model, or the model compiled
 
 
 # ---- starting, resuming, saving
@@ -140,7 +137,7 @@ def prepare(settings, state):
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         model = model.to(memory_format=torch.channels_last)
-    run = Run(settings, out, device, architecture, model, generator, train, validation)
+    run = Run(settings, out, device, architecture, model, generator, train, validation, forward=model)
     if state is not None:
         restore(run, state)
     return run
@@ -151,8 +148,8 @@ def make_batches(data, kind, settings, device, generator):
     if settings["recipe"] == "published":
         return cifar10.loaders(data, settings["dataset"], settings["batch_size"], limit=settings["limit"])[:2]
     train, validation = cifar10.split(data, limit=settings["limit"])
-    return (cifar10.Batches(*train, settings["batch_size"], kind, device, generator),
-            cifar10.Batches(*validation, 500, kind, device))
+    return (cifar10.Batches(data.x_train, data.y_train, settings["batch_size"], kind, device, generator, chosen=train),
+            cifar10.Batches(data.x_train, data.y_train, 500, kind, device, chosen=validation))
 
 
 def state_of(run):
@@ -272,13 +269,12 @@ def run_epoch(run, bar):
 def train_epoch(run, bar):
     """All training batches once. Returns mean loss and accuracy in % under augmentation and mixing."""
     run.model.train()
-    forward = run.forward or run.model
     totals, seen = torch.zeros(2, device=run.device), 0
     for step, (images, labels) in enumerate(run.train):
         images, labels = images.to(run.device), labels.to(run.device)
         if run.device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
-        loss, correct = train_step(run, forward, images, labels, step)
+        loss, correct = train_step(run, images, labels, step)
         totals += torch.stack([loss * len(images), correct])
         seen += len(images)
         bar.update(len(images))
@@ -288,14 +284,14 @@ def train_epoch(run, bar):
     return loss, 100 * correct
 
 
-def train_step(run, forward, images, labels, step):
+def train_step(run, images, labels, step):
     """Mix, forward, backward, update, mask, average. Returns the loss and the number of right answers, on device."""
     settings = run.settings
     targets = F.one_hot(labels, run.architecture["num_classes"]).to(images.dtype)
     if settings["mixing"] == "cutmix":
         images, targets = cutmix(images, targets, run.generator, settings["mix_alpha"], settings["mix_probability"])
     with autocast(run.device):
-        logits = forward(images)
+        logits = run.forward(images)
     loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["label_smoothing"])
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -310,9 +306,9 @@ def train_step(run, forward, images, labels, step):
     return loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum().float()
 
 
-def autocast(device):
+def autocast(device, enabled=True):
     """bfloat16 on CUDA, float32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and device.type == "cuda")
 
 
 def refuse_nonfinite(run, loss, step):
@@ -355,14 +351,17 @@ def evaluate(model, batches, device):
 
 
 @torch.no_grad()
-def predict(model, batches, device):
-    """(logits, labels) of all images of `batches`, (N, K) float and (N,), in evaluation mode, which is undone."""
+def predict(model, batches, device, mixed=True):
+    """(logits, labels) of all images of `batches`, (N, K) float and (N,), in evaluation mode, which is undone.
+
+    mixed: autocast where the device trains with it; without, arithmetic is in the images' own precision.
+    """
     training = model.training
     model.eval()
     try:
         results = []
         for images, labels in batches:
-            with autocast(device):
+            with autocast(device, mixed):
                 results.append((model(images.to(device)).float(), labels.to(device)))
         return torch.cat([logits for logits, _ in results]), torch.cat([labels for _, labels in results])
     finally:
@@ -374,8 +373,11 @@ def predict(model, batches, device):
 def announce(run, script):
     """Compile where it pays, say what will run and for about how long, write config.json."""
     settings = run.settings
+    height, width, channels = cifar10.KINDS[settings["dataset"]].shape
     images = len(run.train) * settings["batch_size"]
-    speed, note = warm_up(run, sum(settings["epochs"]) * images)
+    run.forward, speed, note = compiling.choose_forward(
+        run.model, settings["compile"], sum(settings["epochs"]) * images,
+        (settings["batch_size"], channels, height, width), autocast(run.device), run.device)
     seconds = sum(settings["epochs"]) * (images + 0.3 * len(run.validation) * 500) / speed
     print(f"{settings['model']}, groups {settings['groups']}, on {settings['dataset']}: {images:,} images an epoch, "
           f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}; {note}")
@@ -385,58 +387,6 @@ def announce(run, script):
         print(json.dumps(settings, indent=1))
     else:
         write_config(run, script)
-
-
-def warm_up(run, images):
-    """Compile and time a step on zeros; weights, buffers and generators stay as they were.
-
-    images: how many the whole run will train on, which decides whether compiling
-    pays. Returns (training images a second, a note on compiling).
-    """
-    wanted, compiler = run.settings["compile"], find_compiler()
-    if wanted == "on" and not compiler:
-        raise ValueError("--compile on needs a C++ compiler (g++ or clang++, or CXX); none was found")
-    if wanted == "off" or not compiler or (wanted == "auto" and images < WORTH_COMPILING):
-        reason = "asked for" if wanted == "off" else "too short a run to compile" if compiler else "no C++ compiler"
-        return timed_step(run, run.model)[1], f"eager ({reason})"
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    try:
-        run.forward = torch.compile(run.model)
-        seconds, speed = timed_step(run, run.forward)
-        return speed, f"compiled in {seconds:.0f} s"
-    except Exception as problem:          # torch.compile's backends fail in many types
-        if wanted == "on":
-            raise RuntimeError(f"torch.compile failed: {str(problem).strip().splitlines()[0]}") from None
-        run.forward = None
-        return timed_step(run, run.model)[1], f"eager (torch.compile failed: {type(problem).__name__})"
-
-
-def find_compiler():
-    """The C++ compiler that torch.compile would call, or None."""
-    return next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))),
-                None)
-
-
-def timed_step(run, forward):
-    """(seconds of the first step, images a second of the second), on zeros, without a trace in the model."""
-    kept = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    compiled, shape = forward is not run.model, cifar10.KINDS[run.settings["dataset"]].shape
-    images = torch.zeros(run.settings["batch_size"] if compiled else 16, shape[2], *shape[:2], device=run.device)
-    if run.device.type == "cuda":
-        images = images.contiguous(memory_format=torch.channels_last)
-    run.model.train()
-    times = []
-    for _ in range(2):
-        begun = time.perf_counter()
-        with autocast(run.device):
-            logits = forward(images)
-        logits.float().logsumexp(1).sum().backward()
-        run.model.zero_grad(set_to_none=True)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    run.model.load_state_dict(kept)
-    return times[0], len(images) / times[1]
 
 
 def write_config(run, script):

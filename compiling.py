@@ -1,0 +1,79 @@
+"""Compile a network where that pays, and time a training step before the first one.
+
+    forward, speed, note = choose_forward(model, "auto", images, (64, 3, 32, 32), torch.float32, device)
+
+Nothing here leaves a trace in the model: its weights, buffers and gradients, and
+every random generator, are afterwards as they were.
+"""
+import logging
+import os
+import shutil
+import time
+
+import torch
+
+WORTH_COMPILING = 30_000      # training images, below which compiling costs more time than it saves
+
+
+def choose_forward(model, wanted, images, shape, autocast, device):
+    """(what to call in place of the model, training images a second, a note for people).
+
+    wanted: "on", "off" or "auto", which compiles where a C++ compiler is there
+    and the run trains on enough `images`. shape: (N, C, H, W) of a batch.
+    autocast: a context manager for the forward pass. ValueError for "on" without
+    a compiler, RuntimeError where compiling then fails.
+    """
+    small = (min(16, shape[0]), *shape[1:])
+    reason = why_eager(wanted, images)
+    if reason:
+        return model, time_steps(model, model, small, autocast, device)[1], f"eager ({reason})"
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    try:
+        forward = torch.compile(model)
+        seconds, speed = time_steps(model, forward, shape, autocast, device)
+        return forward, speed, f"compiled in {seconds:.0f} s"
+    except Exception as problem:          # its backends fail in many types
+        reason = f"torch.compile failed: {str(problem).strip().splitlines()[0]}"
+        if wanted == "on":
+            raise RuntimeError(reason) from None
+        return model, time_steps(model, model, small, autocast, device)[1], f"eager ({reason})"
+
+
+def why_eager(wanted, images):
+    """The reason not to compile, or None. ValueError for "on" without a compiler."""
+    if wanted == "off":
+        return "asked for"
+    if not find_compiler():
+        if wanted == "on":
+            raise ValueError("--compile on needs a C++ compiler (g++ or clang++, or CXX); none was found")
+        return "no C++ compiler found"
+    if wanted == "auto" and images < WORTH_COMPILING:
+        return "too short a run to compile"
+    return None
+
+
+def find_compiler():
+    """The C++ compiler that torch.compile would call, or None."""
+    names = [os.environ.get("CXX"), "g++", "clang++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def time_steps(model, forward, shape, autocast, device):
+    """(seconds of a first forward and backward pass on zeros, images a second of the next)."""
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = torch.zeros(shape, device=device)
+    if device.type == "cuda":
+        images = images.contiguous(memory_format=torch.channels_last)
+    model.train()
+    times = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        with autocast:
+            logits = forward(images)
+        logits.float().logsumexp(1).sum().backward()
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    model.load_state_dict(kept)
+    return times[0], shape[0] / times[1]

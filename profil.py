@@ -1,0 +1,217 @@
+"""Count what is left of a network: `python profil.py`, or `python profil.py --model resnet18 --groups 8`.
+
+Prints a table by layer, totals, reductions against dense ResNet-18 and three
+scores. Everything is counted from the network itself: its real zeros and real
+widths. One multiply-add is one MAC; three columns are never mixed: dense (the
+reference), physical (what the network computes) and nominal (what its zeros
+would save on hardware that skips them).
+"""
+import csv
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import checkpoint
+import cifar10
+import commandline
+import resnet_factorized
+from train import find_checkpoint, load_network
+
+DENSE_PARAMETERS, DENSE_MACS = 11_173_962, 555_422_720    # ResNet-18, groups 1, 10 classes, 32x32
+WRN_PARAMETERS, WRN_MACS = 36_479_194, 5_243_328_768      # WRN-28-10, the reference for CIFAR-100 of MicroNet
+PROFILER_PARAMETERS, PROFILER_OPERATIONS = 5_586_981, 834_362_880    # the earlier profiler's reference
+
+
+@torch.no_grad()
+def count_layers(model, shape):
+    """One row a layer that holds parameters or is counted by a score, in the order of execution.
+
+    shape: (C, H, W) of one image. A row has name, kind, parameters, nonzero,
+    sparsity, macs, nominal_macs and what the scores need. Only zeros among
+    convolution and linear weights count as removed.
+    """
+    rows, hooks = [], []
+    kinds = {nn.Conv2d: convolution_row, nn.Linear: linear_row, nn.BatchNorm2d: norm_row,
+             nn.ReLU: activation_row, nn.AvgPool2d: pool_row}
+    for name, module in model.named_modules():
+        if type(module) in kinds:
+            def hook(layer, inputs, output, name=name):
+                rows.append(row_of(name, layer, kinds[type(layer)](layer, output), output))
+            hooks.append(module.register_forward_hook(hook))
+    was_training = model.training
+    device = next(model.parameters()).device
+    try:
+        model.eval()(torch.zeros(1, *shape, device=device))
+    finally:
+        model.train(was_training)
+        for handle in hooks:
+            handle.remove()
+    return rows
+
+
+def row_of(name, layer, specific, output):
+    """The columns that every layer shares, and `specific` ones: macs, and the earlier profiler's terms."""
+    prunable = isinstance(layer, (nn.Conv2d, nn.Linear))
+    weights = layer.weight.numel() if prunable else 0
+    zeros = int((layer.weight == 0).sum()) if prunable else 0
+    parameters = sum(tensor.numel() for tensor in layer.parameters(recurse=False))
+    row = {"name": name, "kind": type(layer).__name__, "output": tuple(output.shape[1:]), "parameters": parameters,
+           "nonzero": parameters - zeros, "weights": weights, "zero_weights": zeros,
+           "sparsity": zeros / weights if weights else 0.0, "macs": 0, "multiplies": 0.0, "adds": 0.0, **specific}
+    row["nominal_macs"] = round(row["macs"] * (1 - row["sparsity"]))
+    return row
+
+
+def convolution_row(layer, output):
+    """MACs = output elements x kernel elements of one group; the earlier profiler's K = kh kw C_in."""
+    each = math.prod(layer.kernel_size) * layer.in_channels
+    return {"macs": output.numel() * each // layer.groups, "multiplies": output.numel() * each / layer.groups,
+            "adds": output.numel() * ((each - 1) / layer.groups + (layer.bias is not None))}
+
+
+def linear_row(layer, output):
+    """MACs = inputs x outputs."""
+    macs = layer.in_features * layer.out_features
+    return {"macs": macs, "multiplies": macs, "adds": macs - (0 if layer.bias is not None else layer.out_features)}
+
+
+def norm_row(layer, output):
+    """Batch norm: three operations an element in the earlier profiler, no MAC."""
+    return {"adds": 3 * output.numel()}
+
+
+def activation_row(layer, output):
+    """A ReLU module: one operation an element in the earlier profiler."""
+    return {"adds": output.numel()}
+
+
+def pool_row(layer, output):
+    """Average pooling: k operations an output in the earlier profiler, k elements of the window's side."""
+    size = layer.kernel_size
+    return {"adds": output.numel() * (size if isinstance(size, int) else math.prod(size))}
+
+
+def totals_of(rows, weight_bits=16, activation_bits=16, dataset="cifar10"):
+    """All totals and scores as one dictionary.
+
+    Reductions are against dense ResNet-18 with 10 classes. score_course: nonzero
+    q_w/32 / 5.6e6 + MACs max(q_w, q_a)/32 / 2.8e8 (Efficient Deep Learning, IMT
+    Atlantique). score_profiler: its earlier form, with grouped operations counted
+    as such. micronet_bytes: MicroNet 2019, one bit an entry of a tensor with
+    zeros and q_w bits a value that is stored.
+    """
+    total = {name: sum(row[name] for row in rows)
+             for name in ("parameters", "nonzero", "weights", "zero_weights", "macs", "nominal_macs")}
+    fewer = 32 / weight_bits
+    operations = sum(row["multiplies"] / fewer + row["adds"] for row in rows)
+    storage = sum(stored_bits(row, weight_bits) for row in rows) / 8
+    course = (total["nonzero"] * weight_bits / 32 / 5.6e6,
+              total["macs"] * max(weight_bits, activation_bits) / 32 / 2.8e8)
+    profiler = (total["nonzero"] / fewer / PROFILER_PARAMETERS, operations / PROFILER_OPERATIONS)
+    micronet = (storage / (4 * WRN_PARAMETERS), total["macs"] / WRN_MACS)
+    result = {"parameters": total["parameters"], "nonzero": total["nonzero"],
+              "sparsity": total["zero_weights"] / total["weights"], "macs": total["macs"],
+              "nominal_macs": total["nominal_macs"], "weight_bits": weight_bits, "activation_bits": activation_bits,
+              "parameters_removed": 1 - total["nonzero"] / DENSE_PARAMETERS,
+              "macs_removed": 1 - total["macs"] / DENSE_MACS,
+              "nominal_macs_removed": 1 - total["nominal_macs"] / DENSE_MACS,
+              "score_course": sum(course), "score_course_terms": course,
+              "score_profiler": sum(profiler), "score_profiler_terms": profiler, "profiler_operations": operations,
+              "micronet_bytes": math.ceil(storage)}
+    if dataset == "cifar100":
+        result |= {"score_micronet": sum(micronet), "score_micronet_terms": micronet}
+    return result
+
+
+def stored_bits(row, bits):
+    """Bits of one layer's parameters: a layer with zeros is stored as a bitmask and its other values."""
+    return row["nonzero"] * bits + (row["weights"] if row["zero_weights"] else 0)
+
+
+def print_table(rows, totals):
+    """The table by layer, then totals, reductions and scores with their terms."""
+    print(f"{'layer':28}{'parameters':>12}{'share':>7}{'nonzero':>11}{'sparsity':>10}{'MACs':>14}{'share':>7}")
+    for row in rows:
+        if row["parameters"]:
+            print(f"{row['name']:28}{row['parameters']:12,}{row['parameters'] / totals['parameters']:7.1%}"
+                  f"{row['nonzero']:11,}{row['sparsity']:10.2%}{row['macs']:14,}{row['macs'] / totals['macs']:7.1%}")
+    bits = f"{totals['weight_bits']}-bit weights, {totals['activation_bits']}-bit activations"
+    first, second = totals["score_course_terms"], totals["score_profiler_terms"]
+    print(f"""
+                              dense ResNet-18       this network    removed
+parameters, physical     {DENSE_PARAMETERS:20,} {totals['parameters']:18,} \
+{1 - totals['parameters'] / DENSE_PARAMETERS:10.2%}
+parameters, nonzero      {DENSE_PARAMETERS:20,} {totals['nonzero']:18,} {totals['parameters_removed']:10.2%}
+MACs, physical           {DENSE_MACS:20,} {totals['macs']:18,} {totals['macs_removed']:10.2%}
+MACs, nominal            {DENSE_MACS:20,} {totals['nominal_macs']:18,} {totals['nominal_macs_removed']:10.2%}
+sparsity {totals['sparsity']:.2%} of convolution and linear weights; {bits}
+
+score, course    {totals['score_course']:.4f} = {first[0]:.4f} parameters + {first[1]:.4f} MACs
+score, profiler  {totals['score_profiler']:.4f} = {second[0]:.4f} parameters + {second[1]:.4f} operations
+MicroNet storage {totals['micronet_bytes']:,} bytes, bitmasks included""")
+    if "score_micronet" in totals:
+        third = totals["score_micronet_terms"]
+        print(f"score, MicroNet  {totals['score_micronet']:.4f} = {third[0]:.4f} storage + {third[1]:.4f} MACs, "
+              "against WRN-28-10")
+
+
+def write_rows(path, rows):
+    """The table by layer as CSV."""
+    names = ["name", "kind", "output", "parameters", "nonzero", "sparsity", "macs", "nominal_macs"]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**row, "output": "x".join(map(str, row["output"]))} for row in rows)
+
+
+def parse(argv):
+    """The flags of this script."""
+    parser = commandline.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", help="a run's model.pt or last.pt, or a compact file (the newest run's)")
+    parser.add_argument("--model", choices=list(resnet_factorized.NETWORKS), help="an untrained network instead")
+    parser.add_argument("--groups", type=int, default=8, help="of the untrained network")
+    parser.add_argument("--classes", type=int, default=10, help="of the untrained network")
+    parser.add_argument("--bits", type=int, nargs="+", default=[16], help="of weights, and of activations (16)")
+    parser.add_argument("--csv", help="write the table by layer to this file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    arguments = parser.parse_args(argv)
+    if not 1 <= len(arguments.bits) <= 2 or not all(1 <= bits <= 32 for bits in arguments.bits):
+        raise ValueError(f"--bits {' '.join(map(str, arguments.bits))}: one or two numbers from 1 to 32")
+    if arguments.model and arguments.checkpoint:
+        raise ValueError("--model and --checkpoint exclude each other: one network is profiled")
+    return arguments
+
+
+def main(argv):
+    """Profile a checkpoint or an untrained network."""
+    arguments = parse(argv)
+    if arguments.model:
+        model, source, dataset = resnet_factorized.build(
+            arguments.model, arguments.groups, num_classes=arguments.classes), "untrained", "cifar10"
+        dataset = "cifar100" if arguments.classes == 100 else "cifar10"
+    else:
+        source = find_checkpoint(arguments.checkpoint)
+        model, state = load_network(source)
+        dataset = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
+    height, width, channels = cifar10.KINDS[dataset].shape
+    rows = count_layers(model, (channels, height, width))
+    totals = totals_of(rows, arguments.bits[0], arguments.bits[-1], dataset)
+    if arguments.csv:
+        write_rows(arguments.csv, rows)
+    if arguments.json:
+        print(json.dumps({"network": arguments.model or str(source), **totals}))
+    else:
+        print(f"network: {arguments.model or ''} {source}")
+        print_table(rows, totals)
+    if not arguments.model and (Path(source).parent / "config.json").exists():
+        checkpoint.merge_json(Path(source).parent / "report.json", {"profile": {**totals, "layers": [
+            {"name": row["name"], "weights": row["weights"], "zero_weights": row["zero_weights"]}
+            for row in rows if row["weights"]]}})
+
+
+if __name__ == "__main__":
+    commandline.command(main)

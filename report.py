@@ -1,0 +1,210 @@
+"""Tables and plots from finished runs: `python report.py runs/a runs/b --out results`.
+
+Reads config.json, history.csv and report.json (which test.py and profil.py
+write) of each run; without names, of all in runs/ and results/. Draws curves.png
+and layers.png beside each run, and writes table.md, table.csv and
+accuracy_size.png to --out, with a copy of each run's files there. Runs that
+differ in nothing but their seed share a row: n, mean and standard deviation.
+"""
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+
+import checkpoint
+import cifar10
+import commandline
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+CITED = [    # (name, parameters left, accuracy in %), CIFAR-10 test images, as their authors give them
+    ("the published run (claimed)", 0.03 * 11_173_962, 90.12),
+    ("dense ResNet-18, good recipe", 11_173_962, 95.3),
+    ("cifar10-tiniest", 97_500, 94.4),
+]
+SAME = ["dataset", "network", "epochs", "pruning", "mixing", "batch_size", "lr", "recipe", "device"]
+
+
+def read_run(folder):
+    """One run as a flat dictionary; FileNotFoundError or ValueError where a file is absent or no JSON."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() or not (folder / "history.csv").is_file():
+        raise FileNotFoundError(f"{folder} is no run: config.json or history.csv is missing")
+    config = read_json(folder / "config.json")
+    report = read_json(folder / "report.json") if (folder / "report.json").exists() else {}
+    settings, history = config["settings"], pd.read_csv(folder / "history.csv")
+    test, profile = report.get("test", {}), report.get("profile", {})
+    shuffled = " shuffle" if settings["shuffle"] and settings["groups"] > 1 else ""
+    return {"run": folder.name, "folder": folder, "dataset": settings["dataset"],
+            "network": f"{settings['model']} groups {settings['groups']}{shuffled}",
+            "epochs": "+".join(map(str, settings["epochs"])),
+            "pruning": "+".join(f"{100 * share:g} %" for share in settings["sparsity"]) or "none",
+            "mixing": settings["mixing"], "batch_size": settings["batch_size"], "lr": settings["lr"],
+            "recipe": settings["recipe"], "device": config["device"], "seed": settings["seed"],
+            "validation_accuracy": history["validation_accuracy"].iloc[-1], "test_accuracy": test.get("accuracy"),
+            "precision": test.get("precision"), "minutes": history["seconds"].sum() / 60,
+            "parameters": profile.get("parameters"), "nonzero": profile.get("nonzero"),
+            "parameters_removed": profile.get("parameters_removed"), "macs": profile.get("macs"),
+            "macs_removed": profile.get("macs_removed"), "score_course": profile.get("score_course"),
+            "bytes": test.get("bytes", {}).get("compressed"), "history": history, "layers": profile.get("layers")}
+
+
+def read_json(path):
+    """The JSON object in a file, or ValueError that names it."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as problem:
+        raise ValueError(f"{path} is damaged: {problem}") from None
+
+
+def table_of(runs):
+    """One row for each set of runs that differ in their seed alone, as a DataFrame."""
+    frame = pd.DataFrame([{name: value for name, value in run.items() if name not in ("history", "layers", "folder")}
+                          for run in runs])
+    numbers = ["validation_accuracy", "test_accuracy", "minutes", "nonzero", "parameters_removed", "macs",
+               "macs_removed", "score_course", "bytes"]
+    frame[numbers] = frame[numbers].astype(float)
+    groups = frame.groupby(SAME, sort=False, dropna=False)
+    table = groups[numbers].mean()
+    table.insert(0, "runs", groups["run"].agg(" ".join))
+    table.insert(1, "n", groups.size())
+    table.insert(4, "test_sd", groups["test_accuracy"].std())
+    return table.reset_index()
+
+
+def markdown_of(table):
+    """The table for a README."""
+    names = ["run", "data", "network", "epochs", "pruned", "device", "n", "validation %", "test %", "parameters left",
+             "removed", "MACs", "removed", "course score", "bytes", "minutes"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for row in table.itertuples():
+        spread = "" if pd.isna(row.test_sd) else f" ± {row.test_sd:.2f}"
+        cells = [row.runs, row.dataset, row.network, row.epochs, row.pruning, row.device, str(row.n),
+                 number(row.validation_accuracy, ".2f"), number(row.test_accuracy, ".2f") + spread,
+                 number(row.nonzero, ",.0f"), number(row.parameters_removed, ".2%"), number(row.macs, ",.0f"),
+                 number(row.macs_removed, ".2%"), number(row.score_course, ".4f"), number(row.bytes, ",.0f"),
+                 number(row.minutes, ".0f")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def number(value, form):
+    """A formatted number, or a dash where a run has none."""
+    return "-" if pd.isna(value) else format(value, form)
+
+
+def draw_curves(path, run):
+    """Loss and accuracy by epoch, training and validation, with the pruning rounds marked."""
+    history = run["history"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axes, what in ((left, "loss"), (right, "accuracy")):
+        for part in ("train", "validation"):
+            axes.plot(history["epoch"], history[f"{part}_{what}"], marker=".", label=part)
+        last = history.groupby("round")["epoch"].max()
+        after = history.groupby("round")["sparsity"].first()
+        for round_, epoch in list(last.items())[:-1]:
+            axes.axvline(epoch + 0.5, color="gray", linestyle="--")
+            axes.annotate(f"pruned to {after[round_ + 1]:.0%}", (epoch + 0.5, 1), xytext=(3, -3), rotation=90,
+                          xycoords=("data", "axes fraction"), textcoords="offset points", va="top", fontsize=8)
+        axes.set(xlabel="epoch", ylabel=what + (" (%)" if what == "accuracy" else ""))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+    right.set_title(f"{run['dataset']}, {run['network']}", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_layers(path, run):
+    """Weights by layer before and after pruning, on a logarithmic axis."""
+    layers = pd.DataFrame(run["layers"])
+    places, left = range(len(layers)), layers["weights"] - layers["zero_weights"]
+    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+    axes.bar(places, layers["weights"], color="lightsteelblue", label="before")
+    axes.bar(places, left, color="tab:blue", width=0.5, label="after")
+    for place, kept, whole in zip(places, left, layers["weights"], strict=True):
+        axes.annotate(f"{kept / whole:.0%}", (place, whole), ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(places, layers["name"], rotation=60, ha="right", fontsize=8)
+    axes.set(yscale="log", ylabel="weights", title=f"weights by layer and the share left: {run['run']}")
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_accuracy_size(path, table):
+    """Test accuracy against parameters left, by data set; for CIFAR-10 with cited results."""
+    tested = table.dropna(subset=["test_accuracy", "nonzero"])
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for dataset, rows in tested.groupby("dataset"):
+        axes.scatter(rows["nonzero"], rows["test_accuracy"], label=f"ours, {dataset}")
+        for row in rows.itertuples():
+            axes.annotate(f"{row.network}, {row.epochs} epochs", (row.nonzero, row.test_accuracy), xytext=(6, -10),
+                          textcoords="offset points", fontsize=8)
+    if "cifar10" in set(tested["dataset"]):
+        axes.scatter([size for _, size, _ in CITED], [accuracy for *_, accuracy in CITED], marker="x", color="gray",
+                     label="cited, CIFAR-10")
+        for name, size, accuracy in CITED:
+            right = size > 1e6
+            axes.annotate(name, (size, accuracy), xytext=(-6 if right else 6, 5), textcoords="offset points",
+                          ha="right" if right else "left", fontsize=8, color="gray")
+    axes.set(xscale="log", xlabel="parameters that are not zero", ylabel="test accuracy (%)")
+    axes.margins(x=0.25, y=0.15)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def keep(run, out):
+    """Copy what a run's numbers stand on to out/<run>/: settings (no sources, no paths), history, report, plots."""
+    target = out / run["run"]
+    if target.resolve() == run["folder"].resolve():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    config = read_json(run["folder"] / "config.json")
+    config.pop("source", None)
+    config["settings"] = {name: value for name, value in config["settings"].items()
+                          if name not in ("out", "data", "debug", "dry_run", "resume", "force")}
+    (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    for name in ("history.csv", "report.json", "curves.png", "layers.png", "confusion.png"):
+        if (run["folder"] / name).exists():
+            shutil.copy(run["folder"] / name, target / name)
+
+
+def find_runs():
+    """The folders of all runs in runs/ and results/; one that is in both counts once."""
+    found = {}
+    for parent in ("results", "runs"):
+        for config in sorted(Path(parent).glob("*/config.json")):
+            if (config.parent / "history.csv").exists():
+                found[config.parent.name] = config.parent
+    if not found:
+        raise FileNotFoundError("there is no run in runs/ or results/; train first: python train_pruning.py")
+    return list(found.values())
+
+
+def main(argv):
+    """Read the runs, draw, write, print the table."""
+    parser = commandline.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", help="folders of runs (all in runs/ and results/)")
+    parser.add_argument("--out", default="results", help="where table and plots go (results)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    arguments = parser.parse_args(argv)
+    out = Path(arguments.out)
+    runs = [read_run(folder) for folder in arguments.runs or find_runs()]
+    cifar10.check_folder(out)
+    for run in runs:
+        draw_curves(run["folder"] / "curves.png", run)
+        if run["layers"]:
+            draw_layers(run["folder"] / "layers.png", run)
+        keep(run, out)
+    table = table_of(runs)
+    checkpoint.write(out / "table.md", markdown_of(table).encode())
+    checkpoint.write(out / "table.csv", table.to_csv(index=False).encode())
+    draw_accuracy_size(out / "accuracy_size.png", table)
+    print(markdown_of(table) + f"\nwritten: {out}/table.md, table.csv, accuracy_size.png, and curves and layers by run")
+
+
+if __name__ == "__main__":
+    commandline.command(main)

@@ -1,0 +1,141 @@
+"""Test a trained network on all test images: `python test.py`, half precision unless told otherwise.
+
+Prints which checkpoint it reads, the accuracy, a table by class, and the bytes
+of the network on disk; writes confusion.png and report.json beside a run's
+checkpoint. No test-time augmentation.
+"""
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import cifar10
+import commandline
+import quantization
+from train import find_checkpoint, load_network, predict
+
+
+def test_network(model, data, kind, precision, device, batch_size=500, limit=None):
+    """Test `model` in `precision` ("float", "half", "bfloat16"); it is converted in place.
+
+    Returns a dictionary: accuracy in %, loss, images, seconds, precision (a note on
+    how it was computed), classes (name, images, correct, accuracy) and confusion,
+    a (K, K) list: images of class row that were taken for class column.
+    """
+    dtype, note = quantization.set_precision(model, precision, device)
+    batches = cifar10.Batches(data.x_test[:limit], data.y_test[:limit], batch_size, kind, device)
+    begun = time.perf_counter()
+    logits, labels = predict(model, ((images.to(dtype), labels) for images, labels in batches), device, mixed=False)
+    seconds = time.perf_counter() - begun
+    count = len(kind.classes)
+    confusion = torch.bincount(labels * count + logits.argmax(1), minlength=count * count).view(count, count)
+    correct, images = confusion.diag(), confusion.sum(1)
+    classes = [{"name": name, "images": n, "correct": k, "accuracy": 100 * k / n if n else None}
+               for name, n, k in zip(kind.classes, images.tolist(), correct.tolist(), strict=True)]
+    return {"accuracy": 100 * correct.sum().item() / len(labels), "loss": F.cross_entropy(logits, labels).item(),
+            "images": len(labels), "seconds": round(seconds, 2), "precision": note,
+            "classes": classes, "confusion": confusion.tolist()}
+
+
+def sizes_of(network):
+    """Bytes of the network as a file on disk: in float32, in half precision, and compact (`checkpoint.compact`)."""
+    halves = checkpoint.to_half(network["weights"])
+    singles = {name: tensor.float() if tensor.is_floating_point() else tensor
+               for name, tensor in network["weights"].items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
+        sizes = {}
+        for name, weights in (("float32", singles), ("half", halves)):
+            checkpoint.save(path, {**network, "weights": weights})
+            sizes[name] = os.path.getsize(path)
+        checkpoint.save_compact(path, network)
+        return sizes | {"compressed": os.path.getsize(path)}
+
+
+def draw_confusion(path, result):
+    """The confusion matrix as a picture; rows are the true classes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = [row["name"] for row in result["classes"]]
+    matrix = torch.tensor(result["confusion"]).float()
+    share = 100 * matrix / matrix.sum(1, keepdim=True).clamp_min(1)
+    figure, axes = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(picture, label="% of the images of the true class")
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"{result['accuracy']:.2f} % of "
+             f"{result['images']:,} test images")
+    if len(names) <= 20:
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        for row in range(len(names)):
+            for column in range(len(names)):
+                if matrix[row, column]:
+                    axes.text(column, row, f"{int(matrix[row, column])}", ha="center", va="center", fontsize=8,
+                              color="white" if share[row, column] > 50 else "black")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def print_result(result):
+    """Accuracy, the table by class, and the sizes."""
+    print(f"accuracy {result['accuracy']:.2f} % of {result['images']:,} test images, loss {result['loss']:.4f}, "
+          f"{result['seconds']:.1f} s on {result['device']}")
+    print(f"{result['precision']}\n\n{'class':14}{'images':>8}{'correct':>9}{'accuracy':>10}")
+    for row in result["classes"]:
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2f} %"
+        print(f"{row['name']:14}{row['images']:8,}{row['correct']:9,}{accuracy:>10}")
+    print("\nbytes on disk: " + ", ".join(f"{name} {size:,}" for name, size in result["bytes"].items()))
+
+
+def parse(argv):
+    """The flags of this script."""
+    parser = commandline.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", help="a run's model.pt or last.pt, or a compact file (the newest run's)")
+    parser.add_argument("--precision", choices=list(quantization.DTYPES), default="half")
+    parser.add_argument("--dataset", choices=list(cifar10.KINDS), help="(the one it was trained on)")
+    parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
+    parser.add_argument("--batch-size", type=int, default=500)
+    parser.add_argument("--limit", type=int, help="only so many test images")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--picture", help="where the confusion matrix goes (confusion.png beside a run's checkpoint)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    arguments = parser.parse_args(argv)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit {arguments.limit}: at least 1 test image is needed")
+    return arguments
+
+
+def main(argv):
+    """Test one checkpoint and write down what came out."""
+    arguments = parse(argv)
+    device, path = commandline.pick_device(arguments.device), find_checkpoint(arguments.checkpoint)
+    model, network = load_network(path, device)
+    dataset = arguments.dataset or network.get("dataset") or network.get("settings", {}).get("dataset", "cifar10")
+    kind = cifar10.KINDS[dataset]
+    if network["architecture"]["num_classes"] != len(kind.classes):
+        raise ValueError(f"{path} tells {network['architecture']['num_classes']} classes apart, "
+                         f"{dataset} has {len(kind.classes)}; name the right one with --dataset")
+    if not arguments.json:
+        print(f"network: {path}, trained on {network.get('dataset', dataset)}")
+    data = cifar10.load(dataset, arguments.data)
+    result = {"checkpoint": str(path), "dataset": dataset, "device": commandline.device_name(device),
+              **test_network(model, data, kind, arguments.precision, device, arguments.batch_size, arguments.limit),
+              "bytes": sizes_of({name: network[name] for name in ("architecture", "widths", "weights")})}
+    of_run = (path.parent / "config.json").exists()
+    picture = arguments.picture or (path.parent / "confusion.png" if of_run else None)
+    if picture:
+        draw_confusion(picture, result)
+    if of_run and not arguments.limit:
+        checkpoint.merge_json(path.parent / "report.json", {"test": result})
+    print(json.dumps(result)) if arguments.json else print_result(result)
+
+
+if __name__ == "__main__":
+    commandline.command(main)
