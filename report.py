@@ -151,7 +151,8 @@ def draw_accuracy_size(path, table):
                           ha="right" if right else "left", fontsize=8, color="gray")
     axes.set(xscale="log", xlabel="parameters that are not zero", ylabel="test accuracy (%)")
     axes.margins(x=0.25, y=0.15)
-    axes.legend(loc="lower right")
+    if axes.collections:
+        axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -66,7 +66,7 @@ def draw_confusion(path, result):
     matrix = torch.tensor(result["confusion"]).float()
     share = 100 * matrix / matrix.sum(1, keepdim=True).clamp_min(1)
     figure, axes = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
-    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    picture = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, label="% of the images of the true class")
     axes.set(xlabel="predicted class", ylabel="true class", title=f"{result['accuracy']:.2f} % of "
              f"{result['images']:,} test images")

@@ -134,6 +134,8 @@ def prepare(settings, state):
     architecture = {"name": settings["model"], "groups": settings["groups"], "shuffle": settings["shuffle"],
                     "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
     model = resnet_factorized.build(**architecture).to(device)
+    if device.type == "cpu":
+        compiling.keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         model = model.to(memory_format=torch.channels_last)

@@ -1,0 +1,41 @@
+"""Fixtures that several test modules share."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+DATA = Path(os.environ.get("DATA_ROOT", ROOT.parent / "shared" / "data"))     # real data sets, where there are some
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a finished run: digits, three rounds of one epoch, 91 % pruned."""
+    import train_pruning
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    train_pruning.main(["--dataset", "digits", "--limit", "96", "--batch-size", "32", "--epochs", "1", "1", "1",
+                        "--sparsity", "0.7", "0.7", "--compile", "off", "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="session")
+def real_cifar10(tmp_path_factory):
+    """A folder that holds the real cifar10.npz; a test that asks for it says so where there is none."""
+    if (ROOT / "data" / "cifar10.npz").exists():
+        return ROOT / "data"
+    script = DATA / "unpack_cifar10.py"
+    if not script.exists():
+        pytest.skip(f"needs the real CIFAR-10 as {ROOT / 'data' / 'cifar10.npz'}, or {script}")
+    folder = tmp_path_factory.mktemp("data")
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Each test starts from the same global generator."""
+    torch.manual_seed(0)

@@ -1,0 +1,609 @@
+"""Data: what is read from disk, what is refused, how it is split, and what the batches yield."""
+import gzip
+import hashlib
+import os
+import pickle
+import struct
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cifar10
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA_ROOT = Path(os.environ.get("DATA_ROOT", ROOT.parent / "shared" / "data"))
+SMALL = cifar10.Kind((12, 11, 3), (40, 8), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), tuple("abcd"), True, "CIFAR10")
+
+
+def random_data(kind, seed=0):
+    """Random images and labels of the form that `kind` asks for."""
+    random = np.random.default_rng(seed)
+    parts = [(random.integers(0, 256, (count, *kind.shape), dtype=np.uint8),
+              random.integers(0, len(kind.classes), count)) for count in kind.counts]
+    return cifar10.Data(*parts[0], *parts[1])
+
+
+def assert_same(found, expected):
+    for name, one, other in zip(cifar10.Data._fields, found, expected, strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A CIFAR-10 of 40 + 8 images of 12x11 as an .npz: (its path, its data)."""
+    monkeypatch.setitem(cifar10.KINDS, "cifar10", SMALL)
+    data = random_data(SMALL)
+    cifar10.write_npz(tmp_path / "cifar10.npz", data)
+    return tmp_path / "cifar10.npz", data
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*arguments, **options):
+        raise urllib.error.URLError("no network here")
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+class Payload:
+    """Unpickling it makes a file, so that a test can tell whether it was unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+# ---- the .npz
+
+def test_npz_is_read_back_with_int64_labels(small):
+    path, data = small
+    found = cifar10.load("cifar10", path.parent)
+    assert_same(found, data)
+    assert found.y_train.dtype == found.y_test.dtype == np.int64
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
+def test_truncated_npz_is_refused_with_its_size(small, share):
+    path, _ = small
+    content = path.read_bytes()
+    path.write_bytes(content[:int(share * len(content))])
+    with pytest.raises(ValueError, match="damaged") as error:
+        cifar10.load("cifar10", path.parent)
+    assert str(path) in str(error.value) and f"{int(share * len(content)):,} bytes" in str(error.value)
+
+
+@pytest.mark.parametrize("name", cifar10.Data._fields)
+def test_flipped_bit_in_the_middle_of_an_array_is_refused(small, name):
+    path, data = small
+    content = bytearray(path.read_bytes())
+    stored = getattr(data, name).tobytes()
+    content[content.index(stored) + len(stored) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"damaged.*{name}"):
+        cifar10.load("cifar10", path.parent)
+
+
+def test_no_flipped_bit_gives_other_data_or_another_error(small):
+    path, data = small
+    content = path.read_bytes()
+    stored = [content.index(array.tobytes()) for array in data]
+    bulk = {i for start, array in zip(stored, data, strict=True) for i in range(start + 8, start + array.nbytes - 8)}
+    for place in set(range(len(content))) - bulk:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            assert_same(cifar10.load("cifar10", path.parent), data)     # a date, or padding
+        except ValueError as error:
+            assert str(path) in str(error), f"byte {place}: {error}"
+        except Exception as error:
+            pytest.fail(f"byte {place}, bit {place % 8}: {type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("content", [b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_other_files_in_place_of_the_npz_are_refused(small, content):
+    path, _ = small
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cifar10.npz"):
+        cifar10.load("cifar10", path.parent)
+
+
+def test_single_array_in_place_of_the_npz_is_refused(small):
+    path, data = small
+    with open(path, "wb") as file:
+        np.save(file, data.x_train)
+    with pytest.raises(ValueError, match="cifar10.npz"):
+        cifar10.load("cifar10", path.parent)
+
+
+@pytest.mark.parametrize("name", cifar10.Data._fields)
+def test_missing_array_is_named(small, name):
+    path, data = small
+    np.savez(path, **{field: array for field, array in data._asdict().items() if field != name})
+    with pytest.raises(ValueError, match=f"no array called {name}"):
+        cifar10.load("cifar10", path.parent)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"x_train": lambda x: x.astype(np.float32)}, r"x_train is float32 \(40, 12, 11, 3\); expected uint8"),
+    ({"x_test": lambda x: x.astype(np.int8)}, "x_test is int8"),
+    ({"x_train": lambda x: x.transpose(0, 3, 1, 2)}, r"x_train is uint8 \(40, 3, 12, 11\); expected"),
+    ({"x_test": lambda x: x.reshape(8, -1)}, r"x_test is uint8 \(8, 396\); expected"),
+    ({"x_train": lambda x: x[:39]}, "39 images and y_train 40 labels; expected 40"),
+    ({"x_train": lambda x: x[:39], "y_train": lambda y: y[:39]}, "39 images and y_train 39 labels; expected 40"),
+    ({"y_test": lambda y: y[:7]}, "8 images and y_test 7 labels; expected 8"),
+    ({"y_train": lambda y: y.astype(np.float64)}, "y_train is float64"),
+    ({"y_train": lambda y: np.eye(4, dtype=int)[y]}, r"y_train is int64 \(40, 4\); expected integers"),
+    ({"y_train": lambda y: np.where(np.isin(np.arange(40), (17, 30)), 4, y)}, r"y_train\[17\] is 4; expected 0 to 3"),
+    ({"y_test": lambda y: np.where(np.arange(8) == 5, -1, y)}, r"y_test\[5\] is -1; expected 0 to 3"),
+])
+def test_arrays_of_another_form_are_refused(small, change, message):
+    path, data = small
+    np.savez(path, **{name: change.get(name, lambda array: array)(array) for name, array in data._asdict().items()})
+    with pytest.raises(ValueError, match=message) as error:
+        cifar10.load("cifar10", path.parent)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, ">i8"])
+def test_labels_of_any_integer_type_become_int64(small, dtype):
+    path, data = small
+    np.savez(path, **data._replace(y_train=data.y_train.astype(dtype))._asdict())
+    found = cifar10.load("cifar10", path.parent)
+    assert found.y_train.dtype == np.int64
+    assert_same(found, data)
+
+
+def test_pickled_array_is_refused_without_unpickling(small):
+    path, data = small
+    trap = path.parent / "unpickled"
+    np.savez(path, **data._replace(y_train=np.array([Payload(trap)], dtype=object))._asdict())
+    with pytest.raises(ValueError, match="cifar10.npz is not an .npz of plain arrays"):
+        cifar10.load("cifar10", path.parent)
+    assert not trap.exists()
+
+
+def test_unknown_data_set_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'cifar'.*cifar10, cifar100, mnist, digits"):
+        cifar10.load("cifar")
+
+
+# ---- the original files
+
+def write_originals(root, monkeypatch, name="CIFAR10"):
+    """Tiny pickled batches, with the counts and checksums that are expected set to theirs. Returns their data."""
+    from torchvision import datasets
+    reader, key = getattr(datasets, name), "labels" if name == "CIFAR10" else "fine_labels"
+    kind = cifar10.KINDS[name.lower()]
+    names = [part for part, _ in (*reader.train_list, *reader.test_list)]
+    kind = kind._replace(counts=(4 * (len(names) - 1), 4))
+    monkeypatch.setitem(cifar10.KINDS, name.lower(), kind)
+    data = random_data(kind)
+    planar = np.concatenate([data.x_train, data.x_test]).transpose(0, 3, 1, 2).reshape(-1, 4, 3072)
+    labels = np.concatenate([data.y_train, data.y_test]).reshape(-1, 4).tolist()
+    folder, sums = root / reader.base_folder, {}
+    folder.mkdir(parents=True)
+    contents = {part: {"data": images, key: own} for part, images, own in zip(names, planar, labels, strict=True)}
+    contents[reader.meta["filename"]] = {reader.meta["key"]: list(kind.classes)}
+    for part, content in contents.items():
+        (folder / part).write_bytes(pickle.dumps(content))
+        sums[part] = hashlib.md5((folder / part).read_bytes()).hexdigest()
+    monkeypatch.setattr(reader, "train_list", [[part, sums[part]] for part in names[:-1]])
+    monkeypatch.setattr(reader, "test_list", [[names[-1], sums[names[-1]]]])
+    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": sums[reader.meta["filename"]]})
+    return data
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_originals_are_read_and_kept_as_npz(tmp_path, monkeypatch, no_network, name):
+    data = write_originals(tmp_path, monkeypatch, name)
+    assert_same(cifar10.load(name.lower(), tmp_path), data)
+    for file in (tmp_path / getattr(__import__("torchvision").datasets, name).base_folder).iterdir():
+        file.unlink()
+    assert_same(cifar10.load(name.lower(), tmp_path), data)     # now from the .npz alone
+    assert not list(tmp_path.glob("*partial*")) and not list(tmp_path.glob(".probe*"))
+
+
+@pytest.mark.parametrize("part", ["data_batch_1", "data_batch_5", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("payload", [True, False])
+def test_altered_original_is_refused_before_it_is_unpickled(tmp_path, monkeypatch, no_network, part, payload):
+    write_originals(tmp_path, monkeypatch)
+    path = tmp_path / "cifar-10-batches-py" / part
+    expected = hashlib.md5(path.read_bytes()).hexdigest()
+    content = pickle.dumps(Payload(tmp_path / "unpickled")) if payload else path.read_bytes()[:-1]
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        cifar10.load("cifar10", tmp_path)
+    for text in (str(path), f"expected md5 {expected}", f"found {hashlib.md5(content).hexdigest()}", f"{len(content):,}"):
+        assert text in str(error.value)
+    assert not (tmp_path / "unpickled").exists()
+    assert not (tmp_path / "cifar10.npz").exists()
+
+
+def test_altered_archive_is_refused_with_both_checksums(tmp_path, no_network):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half an archive")
+    with pytest.raises(ValueError) as error:
+        cifar10.load("cifar10", tmp_path)
+    assert "cifar-10-python.tar.gz is truncated or altered" in str(error.value)
+    assert "c58f30108f718f92721af3b95e74349a" in str(error.value)
+    assert hashlib.md5(b"half an archive").hexdigest() in str(error.value)
+
+
+@pytest.mark.parametrize(("dataset", "file"), [("cifar10", "cifar-10-python.tar.gz"),
+                                               ("cifar100", "cifar-100-python.tar.gz"),
+                                               ("mnist", "train-images-idx3-ubyte.gz")])
+def test_absent_data_without_network_says_what_to_put_where(tmp_path, no_network, dataset, file):
+    with pytest.raises(FileNotFoundError) as error:
+        cifar10.load(dataset, tmp_path / "absent")
+    message = str(error.value)
+    assert str(tmp_path / "absent") in message and file in message and "--dataset digits" in message
+    assert "no network here" in message or "Error downloading" in message
+
+
+def test_data_folder_that_is_a_file_is_refused(tmp_path, no_network):
+    (tmp_path / "data").write_text("a file")
+    with pytest.raises(OSError, match="cannot write in .*data") as error:
+        cifar10.load("cifar10", tmp_path / "data")
+    assert not isinstance(error.value, FileNotFoundError)
+
+
+def test_npz_that_cannot_be_written_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys, no_network):
+    data = write_originals(tmp_path, monkeypatch)
+
+    def disk_full(path, **arrays):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "savez", disk_full)
+    assert_same(cifar10.load("cifar10", tmp_path), data)
+    assert "No space left on device" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.npz"))
+
+
+# ---- MNIST
+
+MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def write_idx(root, monkeypatch):
+    """A tiny MNIST in its own format. Returns its data."""
+    kind = cifar10.KINDS["mnist"]._replace(counts=(12, 5))
+    monkeypatch.setitem(cifar10.KINDS, "mnist", kind)
+    data = random_data(kind)
+    (root / "MNIST" / "raw").mkdir(parents=True)
+    for name, array in zip(MNIST_FILES, data, strict=True):
+        shape = array.shape[:3]
+        header = struct.pack(f">{1 + len(shape)}I", 0x0800 + len(shape), *shape)
+        (root / "MNIST" / "raw" / name).write_bytes(header + array.astype(np.uint8).tobytes())
+    return data
+
+
+def test_mnist_is_read_from_idx_files_and_kept_as_npz(tmp_path, monkeypatch, no_network):
+    data = write_idx(tmp_path, monkeypatch)
+    assert_same(cifar10.load("mnist", tmp_path), data)
+    for file in (tmp_path / "MNIST" / "raw").iterdir():
+        file.unlink()
+    assert_same(cifar10.load("mnist", tmp_path), data)
+
+
+@pytest.mark.parametrize("name", MNIST_FILES)
+def test_truncated_mnist_file_is_named_and_not_called_a_failed_download(tmp_path, monkeypatch, no_network, name):
+    write_idx(tmp_path, monkeypatch)
+    path = tmp_path / "MNIST" / "raw" / name
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=f"{name}.*") as error:
+        cifar10.load("mnist", tmp_path)
+    assert "download failed" not in str(error.value)
+
+
+def find_mnist():
+    """The folder that holds MNIST/raw/; skips where there is none."""
+    for folder in (DATA_ROOT / "mnist", DATA_ROOT, ROOT / "data"):
+        raw = folder / "MNIST" / "raw"
+        if all((raw / name).exists() or (raw / f"{name}.gz").exists() for name in MNIST_FILES):
+            return folder
+    pytest.skip(f"needs the real MNIST files: no MNIST/raw/ in {DATA_ROOT}/mnist, {DATA_ROOT} or {ROOT}/data "
+                "(set DATA_ROOT)")
+
+
+def test_real_mnist_is_read_exactly_and_has_the_stated_mean_and_std(tmp_path, no_network):
+    folder = find_mnist()
+    (tmp_path / "MNIST").mkdir()
+    (tmp_path / "MNIST" / "raw").symlink_to((folder / "MNIST" / "raw").resolve())
+    data = cifar10.load("mnist", tmp_path)
+    assert_same(cifar10.read_npz(tmp_path / "mnist.npz"), data)
+    plain, packed = folder / "MNIST" / "raw" / MNIST_FILES[0], folder / "MNIST" / "raw" / (MNIST_FILES[0] + ".gz")
+    raw = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
+    assert data.x_train.tobytes() == raw[16:]
+    assert list(data.y_train[:10]) == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert_stated(data.x_train, cifar10.KINDS["mnist"])
+
+
+# ---- mean and std
+
+def assert_stated(images, kind):
+    """Mean and std by channel, from a histogram, are those of `kind` to their four digits."""
+    level = np.arange(256) / 255
+    for channel, (mean, std) in enumerate(zip(kind.mean, kind.std, strict=True)):
+        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+        found = share @ level
+        assert found == pytest.approx(mean, abs=6e-5)
+        assert np.sqrt(share @ level**2 - found**2) == pytest.approx(std, abs=6e-5)
+
+
+def test_cifar10_std_is_that_of_the_real_pixels():
+    paths = [ROOT / "data" / "cifar10.npz", DATA_ROOT / "cifar10.npz", DATA_ROOT / "cifar10" / "cifar10.npz"]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        pytest.skip(f"needs the real CIFAR-10 as an .npz; looked for {', '.join(map(str, paths))} (set DATA_ROOT)")
+    with np.load(path) as archive:
+        assert_stated(archive["x_train"], cifar10.KINDS["cifar10"])
+
+
+def test_cifar10_std_is_not_the_common_mistake():
+    assert cifar10.KINDS["cifar10"].std == (0.2470, 0.2435, 0.2616)
+    assert cifar10.KINDS["cifar10"].mean == (0.4914, 0.4822, 0.4465)
+
+
+# ---- digits
+
+def test_digits_need_neither_files_nor_network(tmp_path, no_network):
+    data = cifar10.load("digits", tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+    assert data.x_train.shape == (1437, 32, 32, 3) and data.x_test.shape == (360, 32, 32, 3)
+    assert data.x_train.dtype == np.uint8 and data.y_train.dtype == np.int64
+    assert set(data.y_train) == set(data.y_test) == set(range(10))
+    assert (data.x_train == data.x_train[..., :1]).all()
+    assert_stated(data.x_train, cifar10.KINDS["digits"])
+
+
+def test_digits_are_all_images_once_and_their_test_set_is_fixed():
+    from sklearn.datasets import load_digits
+    data = cifar10.load("digits")
+    labels = np.concatenate([data.y_train, data.y_test])
+    np.testing.assert_array_equal(np.bincount(labels), np.bincount(load_digits().target))
+    assert len({image.tobytes() for image in np.concatenate([data.x_train, data.x_test])}) == 1797
+    assert list(data.y_train[:10]) == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5]
+    assert list(data.y_test[:10]) == [7, 9, 4, 7, 0, 2, 6, 1, 3, 1]
+
+
+# ---- the split
+
+def numbered(count):
+    """A data set of `count` images, each of one pixel."""
+    images, labels = np.zeros((count, 1, 1, 1), np.uint8), np.zeros(count, np.int64)
+    return cifar10.Data(images, labels, images[:0], labels[:0])
+
+
+def test_split_is_disjoint_complete_and_of_the_stated_sizes():
+    train, validation = cifar10.split(numbered(50_000))
+    assert (len(train), len(validation)) == (45_000, 5_000)
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, validation])), np.arange(50_000))
+
+
+def test_split_is_fixed():
+    train, validation = cifar10.split(numbered(50_000))
+    assert list(train[:5]) == [11841, 19602, 45519, 25747, 42642] and list(train[-2:]) == [31686, 46467]
+    assert list(validation[:5]) == [43726, 16118, 49381, 35715, 14489] and list(validation[-2:]) == [43567, 2732]
+
+
+def test_split_does_not_depend_on_the_global_generators():
+    np.random.seed(5)
+    torch.manual_seed(5)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    first = cifar10.split(numbered(500))
+    np.random.seed(6)
+    second = cifar10.split(numbered(500))
+    np.testing.assert_array_equal(np.concatenate(first), np.concatenate(second))
+    np.random.seed(5)
+    np.testing.assert_array_equal(before[0], np.random.get_state()[1])
+    assert torch.equal(before[1], torch.get_rng_state())
+
+
+@pytest.mark.parametrize("limit", [2, 64, 5_000, 10_000])
+def test_limit_shortens_the_split_and_does_not_move_it(limit):
+    whole, limited = cifar10.split(numbered(50_000)), cifar10.split(numbered(50_000), limit=limit)
+    for full, part in zip(whole, limited, strict=True):
+        assert len(part) == min(limit, len(full))
+        np.testing.assert_array_equal(part, full[:limit])
+
+
+# ---- batches
+
+def pixels_of(images, kind):
+    """Normalised images (N, C, H, W) as uint8 (N, H, W, C); every value must be a whole number of 0 to 255."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (kind.mean, kind.std))
+    pixels = (images * std + mean) * 255
+    assert (pixels - pixels.round()).abs().max() < 1e-3
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def crops_of(image, pad=4, mirror=True):
+    """{bytes: (row, column, mirrored)} of every crop of one reflect-padded image (H, W, C)."""
+    height, width, _ = image.shape
+    planar = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    padded = F.pad(planar, (pad,) * 4, mode="reflect")[0].permute(1, 2, 0).to(torch.uint8).numpy()
+    crops = {}
+    for row in range(2 * pad + 1):
+        for column in range(2 * pad + 1):
+            crop = padded[row:row + height, column:column + width]
+            for mirrored in (False, True)[:1 + mirror]:
+                crops[(crop[:, ::-1] if mirrored else crop).tobytes()] = row, column, mirrored
+    return crops
+
+
+def test_every_training_sample_is_a_crop_or_mirror_of_its_own_image():
+    images = random_data(SMALL).x_train
+    batches = cifar10.Batches(images, np.arange(40), 8, SMALL, generator=torch.Generator().manual_seed(0))
+    crops = [crops_of(image) for image in images]
+    assert all(len(own) == 9 * 9 * 2 for own in crops)
+    for _ in range(3):
+        for normalised, labels in batches:
+            for sample, label in zip(pixels_of(normalised, SMALL), labels, strict=True):
+                assert sample.tobytes() in crops[label]
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_every_crop_and_mirror_comes_equally_often(flip):
+    kind = SMALL._replace(flip=flip)
+    image = random_data(SMALL).x_train[0]
+    crops, images = crops_of(image, mirror=flip), np.repeat(image[None], 1000, 0)
+    batches = cifar10.Batches(images, np.zeros(1000, np.int64), 1000, kind, generator=torch.Generator().manual_seed(0))
+    counts = dict.fromkeys(crops.values(), 0)
+    epochs = 16 if flip else 8
+    for _ in range(epochs):
+        for normalised, _ in batches:
+            for sample in pixels_of(normalised, kind):
+                counts[crops[sample.tobytes()]] += 1
+    expected = 1000 * epochs / len(crops)
+    assert len(counts) == 81 * (1 + flip)
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in counts.values())
+
+
+def test_samples_of_one_batch_get_draws_of_their_own():
+    image = random_data(SMALL).x_train[0]
+    batches = cifar10.Batches(np.repeat(image[None], 64, 0), np.zeros(64, np.int64), 64, SMALL,
+                              generator=torch.Generator().manual_seed(0))
+    (normalised, _), = batches
+    crops = crops_of(image)
+    drawn = [crops[sample.tobytes()] for sample in pixels_of(normalised, SMALL)]
+    rows, columns, mirrored = zip(*drawn, strict=True)
+    assert len(set(drawn)) > 40
+    assert len(set(rows)) == len(set(columns)) == 9 and len(set(mirrored)) == 2
+    assert len(set(zip(rows, columns, strict=True))) > 30        # the two axes are not tied to each other
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "digits"])
+def test_digits_are_never_mirrored(dataset):
+    kind = cifar10.KINDS[dataset]
+    images = np.random.default_rng(0).integers(0, 256, (16, *kind.shape), dtype=np.uint8)
+    batches = cifar10.Batches(images, np.arange(16), 16, kind, generator=torch.Generator().manual_seed(0))
+    crops = [crops_of(image, mirror=False) for image in images]
+    for _ in range(4):
+        for normalised, labels in batches:
+            for sample, label in zip(pixels_of(normalised, kind), labels, strict=True):
+                assert sample.tobytes() in crops[label]
+
+
+@pytest.mark.parametrize("pad", [0, 1, 2])
+def test_pad_bounds_the_shift(pad):
+    kind, images = SMALL._replace(flip=False), random_data(SMALL).x_train
+    batches = cifar10.Batches(images, np.arange(40), 40, kind, generator=torch.Generator().manual_seed(0), pad=pad)
+    (normalised, labels), = batches
+    samples = pixels_of(normalised, kind)
+    assert all(sample.tobytes() in crops_of(images[label], pad, mirror=False)
+               for sample, label in zip(samples, labels, strict=True))
+
+
+def test_evaluation_yields_every_image_once_in_order_with_the_incomplete_batch():
+    data = random_data(SMALL)
+    batches = cifar10.Batches(data.x_train, data.y_train, 16, SMALL)
+    parts = list(batches)
+    assert [len(labels) for _, labels in parts] == [16, 16, 8] and len(batches) == 3
+    np.testing.assert_array_equal(np.concatenate([pixels_of(images, SMALL) for images, _ in parts]), data.x_train)
+    np.testing.assert_array_equal(torch.cat([labels for _, labels in parts]), data.y_train)
+
+
+def test_evaluation_of_fewer_images_than_a_batch_yields_them_all():
+    data = random_data(SMALL)
+    (images, labels), = cifar10.Batches(data.x_test, data.y_test, 500, SMALL)
+    assert images.shape == (8, 3, 12, 11) and images.dtype == torch.float32 and labels.dtype == torch.int64
+
+
+def test_training_shuffles_and_drops_the_incomplete_batch():
+    images = random_data(SMALL).x_train
+    batches = cifar10.Batches(images, np.arange(40), 16, SMALL, generator=torch.Generator().manual_seed(0))
+    first, second = ([labels for _, labels in batches] for _ in range(2))
+    assert [len(labels) for labels in first] == [16, 16] and len(batches) == 2
+    assert len(set(torch.cat(first).tolist())) == 32            # no image twice
+    assert torch.cat(first).tolist() != sorted(torch.cat(first).tolist())
+    assert torch.cat(first).tolist() != torch.cat(second).tolist()
+
+
+def test_chosen_images_alone_take_part():
+    data, chosen = random_data(SMALL), np.array([30, 2, 17, 5, 39])
+    (images, labels), = cifar10.Batches(data.x_train, np.arange(40), 8, SMALL, chosen=chosen)
+    assert labels.tolist() == chosen.tolist()
+    np.testing.assert_array_equal(pixels_of(images, SMALL), data.x_train[chosen])
+    generator = torch.Generator().manual_seed(0)
+    training = cifar10.Batches(data.x_train, np.arange(40), 5, SMALL, generator=generator, chosen=chosen)
+    (_, labels), = training
+    assert sorted(labels.tolist()) == sorted(chosen.tolist()) and len(training) == 1
+
+
+def test_same_generator_state_gives_the_same_epoch():
+    data, generator = random_data(SMALL), torch.Generator().manual_seed(0)
+    batches = cifar10.Batches(data.x_train, np.arange(40), 16, SMALL, generator=generator)
+    list(batches)
+    state, outer = generator.get_state(), torch.get_rng_state()
+    first = list(batches)
+    generator.set_state(state)
+    second = list(batches)
+    assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(first, second, strict=True))
+    assert torch.equal(outer, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "mnist", "digits"])
+def test_normalisation_is_that_of_torchvision(dataset):
+    from torchvision.transforms import v2
+    kind = cifar10.KINDS[dataset]
+    images = np.random.default_rng(0).integers(0, 256, (5, *kind.shape), dtype=np.uint8)
+    (found, _), = cifar10.Batches(images, np.zeros(5, np.int64), 5, kind)
+    theirs = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(kind.mean, kind.std)])
+    expected = theirs(torch.from_numpy(images).permute(0, 3, 1, 2))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+def test_callers_arrays_are_not_written():
+    data = random_data(SMALL)
+    kept = random_data(SMALL)
+    for generator in (None, torch.Generator().manual_seed(0)):
+        for images, _ in cifar10.Batches(data.x_train, data.y_train, 16, SMALL, generator=generator):
+            images.zero_()
+    assert_same(data, kept)
+
+
+def test_batches_that_cannot_be_filled_are_refused():
+    data, generator = random_data(SMALL), torch.Generator()
+    with pytest.raises(ValueError, match="batch size 41 is larger than the 40 .* at most 40"):
+        cifar10.Batches(data.x_train, data.y_train, 41, SMALL, generator=generator)
+    with pytest.raises(ValueError, match="at most 3"):
+        cifar10.Batches(data.x_train, data.y_train, 4, SMALL, generator=generator, chosen=np.arange(3))
+    with pytest.raises(ValueError, match="batch size 0"):
+        cifar10.Batches(data.x_train, data.y_train, 0, SMALL)
+
+
+# ---- DataLoaders
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist"])
+def test_loaders_give_the_same_splits_and_pixels(dataset):
+    kind = cifar10.KINDS[dataset]
+    data = random_data(kind._replace(counts=(300, 25)))
+    _, validation, test = cifar10.loaders(data, dataset, batch_size=8)
+    chosen = cifar10.split(data)[1]
+    ours = list(cifar10.Batches(data.x_train, data.y_train, 8, kind, chosen=chosen))
+    ours_test = list(cifar10.Batches(data.x_test, data.y_test, 8, kind))
+    for theirs, expected in ((validation, ours), (test, ours_test)):
+        assert len(theirs) == len(expected) == 4
+        for (images, labels), (our_images, our_labels) in zip(theirs, expected, strict=True):
+            torch.testing.assert_close(images, our_images, rtol=0, atol=2e-6)
+            assert torch.equal(labels, our_labels)
+
+
+def test_training_loader_crops_mirrors_shuffles_and_drops():
+    kind = cifar10.KINDS["cifar10"]
+    data = random_data(kind._replace(counts=(24, 2)))._replace(y_train=np.arange(24))
+    torch.manual_seed(0)
+    train, validation, test = cifar10.loaders(data, "cifar10", batch_size=8, limit=20)
+    batches = list(train)
+    chosen = cifar10.split(data, limit=20)[0]
+    assert len(batches) == 2 and len(validation) == len(test) == 1
+    seen = torch.cat([labels for _, labels in batches]).tolist()
+    assert len(set(seen)) == 16 and set(seen) <= set(chosen.tolist()) and seen != chosen[:16].tolist()
+    for images, labels in batches:
+        for sample, label in zip(pixels_of(images, kind), labels, strict=True):
+            assert sample.tobytes() in crops_of(data.x_train[label])

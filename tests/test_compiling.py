@@ -1,0 +1,63 @@
+import contextlib
+
+import pytest
+import torch
+
+import compiling
+from resnet_factorized import build
+
+CPU = torch.device("cpu")
+
+
+def choose(model, wanted, images=10**9):
+    return compiling.choose_forward(model, wanted, images, (4, 3, 32, 32), contextlib.nullcontext(), CPU)
+
+
+@pytest.mark.parametrize("wanted, images, reason", [("off", 10**9, "asked for"), ("auto", 100, "too short")])
+def test_eager_says_why(wanted, images, reason):
+    model = build("resnet18")
+    forward, speed, note = choose(model, wanted, images)
+    assert forward is model and speed > 0 and note.startswith("eager") and reason in note
+
+
+def test_without_a_compiler_auto_is_eager_and_on_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    model = build("resnet18")
+    forward, _, note = choose(model, "auto")
+    assert forward is model and "no C++ compiler" in note
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        choose(model, "on")
+
+
+def test_a_failing_backend_falls_back_and_says_so(monkeypatch):
+    def broken(model):
+        raise RuntimeError("backend trouble")
+    monkeypatch.setattr(torch, "compile", broken)
+    model = build("resnet18")
+    forward, _, note = choose(model, "auto")
+    assert forward is model and "backend trouble" in note
+    with pytest.raises(RuntimeError, match="backend trouble"):
+        choose(model, "on")
+
+
+def test_timing_leaves_no_trace():
+    model, state = build("resnet18").train(), torch.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    choose(model, "off")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_compiled_and_eager_networks_agree():
+    model = build("resnet18").eval()
+    if compiling.find_compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    forward, _, note = choose(model, "on")
+    assert note.startswith("compiled")
+    images = torch.randn(4, 3, 32, 32)
+    model.train()
+    with torch.no_grad():
+        reference = model(images)
+        assert torch.allclose(forward(images), reference, atol=1e-3, rtol=1e-3)

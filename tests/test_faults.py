@@ -1,0 +1,424 @@
+"""What the user sees of a fault: one line, the way out, the right exit code, and nothing that trained or was saved."""
+import csv
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import checkpoint
+import commandline
+import train
+import train_pruning
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--dataset digits --limit 32 --batch-size 32 --compile off --device cpu".split()
+SCRIPTS = {"train.py": train.main, "train_pruning.py": train_pruning.main}
+
+
+@pytest.fixture
+def shell(monkeypatch, capsys):
+    """shell("train.py", *flags) -> (exit code, its one error line), as the script run from a shell, but in here."""
+    def call(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        handler = signal.getsignal(signal.SIGINT)
+        capsys.readouterr()
+        try:
+            with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+                commandline.command(SCRIPTS.get(script, script))
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        assert ended.type is SystemExit, "the second Ctrl-C broke the way out"
+        return ended.value.code, one_line(capsys.readouterr().err)
+    return call
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Fail where a step of training is made."""
+    monkeypatch.setattr(train, "train_step", lambda *arguments: pytest.fail("it trains"))
+
+
+def one_line(errors):
+    """The single line on stderr, without its `error: `."""
+    line, = errors.splitlines()
+    assert line.startswith("error: ") and line.count("error: ") == 1
+    return line.removeprefix("error: ")
+
+
+def run_script(script, *flags, folder=ROOT, **environment):
+    """(exit code, its one error line) of a script in a process of its own."""
+    done = subprocess.run([sys.executable, script, *map(str, flags)], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=300)
+    return done.returncode, one_line(done.stderr)
+
+
+def is_empty(folder):
+    """Whether nothing was written there."""
+    return not folder.exists() or not any(folder.iterdir())
+
+
+# ---- flags out of range
+
+@pytest.mark.parametrize("flags, told", [
+    ("--sparsity 1 0.7", ["sparsity 1 is ambiguous", "[0, 1)"]),
+    ("--sparsity 0.7 1.0", ["sparsity 1 is ambiguous", "[0, 1)"]),
+    ("--sparsity 1.5 0.7", ["sparsity 1.5 is outside [0, 1)"]),
+    ("--sparsity 0.7 -0.1", ["sparsity -0.1 is outside [0, 1)"]),
+    ("--sparsity nan 0.7", ["sparsity nan is outside [0, 1)"]),
+    ("--sparsity inf 0.7", ["sparsity inf is outside [0, 1)"]),
+    ("--sparsity much 0.7", ["--sparsity", "'much'"]),
+    ("--sparsity", ["--sparsity"]),
+    ("--epochs 1 1", ["[1, 1]", "[0.7, 0.7]"]),
+    ("--epochs 1 1 1 1", ["[1, 1, 1, 1]", "[0.7, 0.7]"]),
+    ("--epochs 1 --sparsity 0.5", ["[1]", "[0.5]"]),
+    ("--epochs 1 0 1", ["--epochs 1 0 1", "at least 1"]),
+    ("--epochs -2 1 1", ["--epochs -2 1 1", "at least 1"]),
+    ("--epochs 1.5 1 1", ["--epochs", "'1.5'"]),
+    ("--minimum-density 1.5", ["--minimum-density 1.5", "at least 0 and at most 1"]),
+    ("--minimum-density nan", ["--minimum-density nan", "at least 0 and at most 1"]),
+])
+def test_rounds_out_of_range(shell, untrained, tmp_path, flags, told):
+    code, line = shell("train_pruning.py", *SMALL, "--out", tmp_path / "run", *flags.split())
+    assert code == 2
+    assert all(part in line for part in told), line
+    assert is_empty(tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--epochs 0", ["--epochs 0", "at least 1"]),
+    ("--epochs 1 1", ["[1, 1]"]),
+    ("--batch-size 0", ["--batch-size 0", "at least 1"]),
+    ("--batch-size -8", ["--batch-size -8", "at least 1"]),
+    ("--batch-size many", ["--batch-size", "'many'"]),
+    ("--batch-size 64", ["64", "32 training images", "at most 32"]),
+    ("--batch-size 9999 --limit 9999", ["9999", "training images"]),
+    ("--recipe published --limit 16", ["32", "16"]),
+    ("--limit 0", ["--limit 0", "at least 2"]),
+    ("--limit 1", ["--limit 1", "at least 2"]),
+    ("--limit -5", ["--limit -5", "at least 2"]),
+    ("--lr 0", ["--lr 0", "at least"]),
+    ("--lr -1", ["--lr -1", "at least"]),
+    ("--lr nan", ["--lr nan", "at least"]),
+    ("--lr inf", ["--lr inf", "at least"]),
+    ("--momentum 1.5", ["--momentum 1.5", "at most 1"]),
+    ("--weight-decay -1", ["--weight-decay -1", "at least 0"]),
+    ("--label-smoothing 1.5", ["--label-smoothing 1.5", "at most 1"]),
+    ("--mix-probability -0.5", ["--mix-probability -0.5", "at least 0"]),
+    ("--mix-alpha nan", ["--mix-alpha nan"]),
+    ("--mix-alpha inf", ["--mix-alpha inf"]),
+    ("--ema-decay 1.1", ["--ema-decay 1.1", "at most 1"]),
+    ("--seed -1", ["--seed -1", "at least 0"]),
+    ("--seed 99999999999999999999", ["--seed", "at most"]),
+    ("--groups 3", ["groups 3", "1, 2, 4, 8, 16, 32 or 64"]),
+    ("--groups 0", ["groups 0", "1, 2, 4, 8, 16, 32 or 64"]),
+    ("--groups -8", ["groups -8", "1, 2, 4, 8, 16, 32 or 64"]),
+    ("--model vgg", ["--model", "'vgg'", "resnet18", "resnet152"]),
+    ("--mixing cutout", ["--mixing", "'cutout'", "cutmix"]),
+    ("--dataset imagenet", ["--dataset", "'imagenet'", "cifar10", "digits"]),
+    ("--device cuda:99", ["device 'cuda:99' is absent", "cpu"]),
+    ("--device toaster", ["device 'toaster' is absent", "cpu"]),
+    ("--speed 3", ["--speed 3", "--help"]),
+])
+def test_flags_out_of_range(shell, untrained, tmp_path, flags, told):
+    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", *flags.split())
+    assert code == 2
+    assert all(part in line for part in told), line
+    assert is_empty(tmp_path / "run")
+
+
+def test_absent_cuda_is_told_with_what_there_is(shell, untrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--device", "cuda")
+    assert code == 2 and "device 'cuda' is absent; present: " in line and line.endswith("cpu")
+
+
+def test_compile_on_without_a_compiler(shell, untrained, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--compile", "on")
+    assert code == 2 and "compiler" in line and "g++" in line
+
+
+def test_debug_shows_the_traceback_before_the_line(shell, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--debug"])
+    with pytest.raises(SystemExit) as ended:
+        commandline.command(lambda argv: commandline.check_settings({**train.DEFAULTS, "lr": 0}))
+    errors = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert errors[0].startswith("Traceback") and errors[-1].startswith("error: --lr 0")
+
+
+def test_a_message_of_many_lines_is_one_line(shell):
+    def fail(argv):
+        raise RuntimeError("first\n  second\n\nthird")
+    assert shell(fail) == (1, "first second third")
+
+
+def test_an_error_without_a_message_is_named(shell):
+    def fail(argv):
+        raise NotImplementedError
+    assert shell(fail) == (1, "NotImplementedError")
+
+
+# ---- folders
+
+@pytest.mark.parametrize("place, reason", [("file", "File exists"), ("file/below", "Not a directory"),
+                                           ("/proc/nothing/run", "No such file")])
+def test_output_that_cannot_be_written(shell, untrained, tmp_path, place, reason):
+    (tmp_path / "file").write_text("precious")
+    out = tmp_path / place
+    code, line = shell("train.py", *SMALL, "--out", out)
+    assert code == 2
+    assert str(out) in line and reason in line
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_data_folder_that_cannot_be_written(shell, untrained, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, line = shell("train.py", "--data", tmp_path / "file" / "data", "--out", tmp_path / "run")
+    assert code == 2 and str(tmp_path / "file" / "data") in line and "Not a directory" in line
+    assert is_empty(tmp_path / "run")
+
+
+def test_folder_with_a_file_of_somebody_else_is_left_alone(shell, untrained, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    code, line = shell("train.py", *SMALL, "--out", tmp_path)
+    assert code == 2 and str(tmp_path) in line
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every download goes to a port of this machine where nobody listens."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{closed.getsockname()[1]}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        yield
+
+
+@pytest.mark.parametrize("dataset, wanted", [
+    ("cifar10", ["cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"]),
+    ("cifar100", ["cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"]),
+    ("mnist", ["train-images-idx3-ubyte.gz"]),
+])
+def test_no_data_and_no_network(shell, untrained, no_network, tmp_path, dataset, wanted):
+    code, line = shell("train.py", "--dataset", dataset, "--data", tmp_path / "data", "--out", tmp_path / "run")
+    assert code == 2
+    for part in (str(tmp_path / "data" / f"{dataset}.npz"), "download failed", "--dataset digits", *wanted):
+        assert part in line, line
+    assert is_empty(tmp_path / "run")
+
+
+# ---- technique lines
+
+def edited(tmp_path, script, *changes):
+    """A copy of the scripts in which `script` has its lines changed: (old, new), each of which must be there."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    text = (tmp_path / script).read_text()
+    for old, new in changes:
+        assert re.search(old, text, re.MULTILINE), old
+        text = re.sub(old, new, text, count=1, flags=re.MULTILINE)
+    (tmp_path / script).write_text(text)
+    return tmp_path / script
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("group", ["MODEL", "GROUPS", "SHUFFLE", "MIXING", "SCHEDULE", "AVERAGING"])
+def test_two_active_lines_or_none_name_the_group_and_its_choices(tmp_path, script, group):
+    two = edited(tmp_path, script, (f"^# {group} = ", f"{group} = "))
+    choices = commandline.read_lines(ROOT / script)[1][group]
+    with pytest.raises(ValueError, match=f"{script} has 2 active {group} lines.*{', '.join(map(repr, choices))}"):
+        commandline.read_lines(two)
+    none = edited(tmp_path, script, (f"^{group} = ", f"# {group} = "))
+    with pytest.raises(ValueError, match=f"{script} has 0 active {group} lines.*{', '.join(map(repr, choices))}"):
+        commandline.read_lines(none)
+
+
+def test_a_line_commented_without_a_space_is_still_a_choice(tmp_path):
+    """As many editors comment a line."""
+    script = edited(tmp_path, "train.py", ("^MIXING = ", "#MIXING = "), ("^# MIXING = ", "#MIXING = "))
+    with pytest.raises(ValueError, match="train.py has 0 active MIXING lines.*'cutmix', 'none'"):
+        commandline.read_lines(script)
+
+
+def test_two_active_lines_from_the_shell(tmp_path):
+    script = edited(tmp_path, "train_pruning.py", ("^# GROUPS = 1 ", "GROUPS = 1 "))
+    code, line = run_script(script.name, *SMALL, "--out", tmp_path / "run", folder=tmp_path)
+    assert code == 2 and "2 active GROUPS lines" in line and "8, 4, 1" in line
+    assert not (tmp_path / "run").exists()
+
+
+# ---- loss that is not finite, memory, disk
+
+def start(out, *flags):
+    """A run of train.py, about to train."""
+    return train.start(train.__file__, "", {}, [*SMALL, "--out", str(out), *map(str, flags)])
+
+
+def test_diverging_run_stops_and_saves_nothing_that_is_not_finite(shell, tmp_path):
+    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--epochs", 4, "--lr", 1e30, "--limit", 64)
+    assert code == 1
+    assert re.search(r"not finite: epoch \d+, step \d+, learning rate .*; last good checkpoint: .*smaller --lr", line)
+    for path in (tmp_path / "run").glob("*.pt"):
+        state = checkpoint.read(path)
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in state["weights"].values()), path.name
+        assert all(row["validation_loss"] == row["validation_loss"] for row in state["history"]), path.name
+
+
+def test_diverging_validation_is_not_saved(shell, tmp_path):
+    """One step an epoch: the first loss is finite, what it leads to is not."""
+    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--epochs", 3, "--lr", 1e37)
+    assert code == 1 and "not finite" in line and "last good checkpoint: none yet" in line
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_diverging_run_from_the_shell(tmp_path):
+    code, line = run_script("train.py", *SMALL, "--limit", 64, "--out", tmp_path / "run", "--lr", "1e30", "--epochs", 2)
+    assert code == 1 and "not finite: epoch " in line
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, value):
+    run, real = start(tmp_path / "run", "--epochs", 2, "--lr", 0.125), train.save
+
+    def save_then_poison(run):
+        real(run)
+        run.model.linear.bias.data[0] = value
+        poisoned.update({name: tensor.clone() for name, tensor in run.model.named_parameters()},
+                        files={path.name: path.read_bytes() for path in run.out.iterdir()})
+    poisoned = {}
+    monkeypatch.setattr(train, "save", save_then_poison)
+    with pytest.raises(RuntimeError) as problem:
+        train.fit(run)
+    rate = 0.125 * train.one_cycle(1 / 2)
+    assert f"not finite: epoch 2, step 1, learning rate {rate:.4g}; last good checkpoint: {run.out}/last.pt" in str(
+        problem.value)
+    assert poisoned.pop("files") == {path.name: path.read_bytes() for path in run.out.iterdir()}
+    assert all(torch.equal(tensor.nan_to_num(), poisoned[name].nan_to_num())
+               for name, tensor in run.model.named_parameters()), "no update"
+
+
+@pytest.mark.parametrize("loss, gradient, refused", [(1.0, 1.0, False), (1.0, float("inf"), True),
+                                                     (1.0, float("nan"), True), (float("inf"), 1.0, True)])
+def test_gradient_that_is_not_finite_is_refused_too(tmp_path, loss, gradient, refused):
+    model = torch.nn.Linear(2, 2)
+    model.weight.grad, model.bias.grad = torch.full((2, 2), 0.5), torch.tensor([0.5, gradient])
+    run = SimpleNamespace(model=model, out=tmp_path, history=[], optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    if refused:
+        with pytest.raises(RuntimeError, match="epoch 1, step 8, learning rate 0.1; last good checkpoint: none yet"):
+            train.refuse_nonfinite(run, torch.tensor(loss), 7)
+    else:
+        train.refuse_nonfinite(run, torch.tensor(loss), 7)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2.00 GiB",
+                                     "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"])
+def test_out_of_memory_suggests_half_the_batch(shell, tmp_path, monkeypatch, message):
+    monkeypatch.setattr(train, "train_step", lambda *arguments: (_ for _ in ()).throw(RuntimeError(message)))
+    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--epochs", 1)
+    assert code == 1 and line == "out of memory with --batch-size 32; try 16"
+
+
+@pytest.mark.parametrize("name", ["last.pt.partial", "history.csv"])
+def test_disk_that_fills_up_while_training(shell, tmp_path, monkeypatch, name):
+    """The second save finds the disk full; the checkpoint of the first is whole."""
+    real = train.save
+
+    def save(run):
+        if len(run.history) == 2:
+            (run.out / name).unlink(missing_ok=True)
+            (run.out / name).symlink_to("/dev/full")
+        real(run)
+    monkeypatch.setattr(train, "save", save)
+    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--epochs", 2)
+    assert code == 1, "the run failed: its flags were right"
+    assert name.removesuffix(".partial") in line and "No space left on device" in line
+    assert len(checkpoint.read(tmp_path / "run" / "last.pt")["history"]) == 1
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+# ---- torchvision that does not fit
+
+MISFIT = "operator torchvision::nms does not exist"
+
+
+def test_misfit_torchvision_names_both_versions_and_the_command(tmp_path):
+    (tmp_path / "fake" / "torchvision").mkdir(parents=True)
+    (tmp_path / "fake" / "torchvision" / "__init__.py").write_text(f"raise RuntimeError({MISFIT!r})")
+    code, line = run_script("train.py", *SMALL, "--recipe", "published", "--out", tmp_path / "run",
+                            PYTHONPATH=str(tmp_path / "fake"))
+    assert code == 1
+    for part in (f"torch {torch.__version__}", "torchvision ", MISFIT, "pip install"):
+        assert part in line, line
+
+
+def test_absent_torchvision_matters_only_where_it_is_used(shell, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    code, line = shell("train.py", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    assert code == 1 and "torchvision" in line and "pip install" in line
+    assert start(tmp_path / "run", "--epochs", 1) is not None
+
+
+# ---- the way out
+
+def test_second_ctrl_c_cannot_spoil_the_way_out(shell, monkeypatch):
+    real = commandline.report
+
+    def press_again(problem, code):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(problem, code)
+    monkeypatch.setattr(commandline, "report", press_again)
+
+    def interrupted(argv):
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it went on")
+    assert shell(interrupted) == (130, "interrupted")
+
+
+def test_second_ctrl_c_after_one_during_a_save(shell, monkeypatch, tmp_path):
+    real = commandline.report
+
+    def press_again(problem, code):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(problem, code)
+    monkeypatch.setattr(commandline, "report", press_again)
+
+    def saving(argv):
+        with checkpoint.uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            (tmp_path / "saved").touch()
+        pytest.fail("it went on")
+    assert shell(saving) == (130, "interrupted")
+    assert (tmp_path / "saved").exists()
+
+
+def test_nothing_to_resume_from_the_shell(tmp_path):
+    code, line = run_script("train_pruning.py", "--resume", "--out", tmp_path / "run")
+    assert code == 2 and f"no checkpoint at {tmp_path}/run/last.pt" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_sparsity_from_the_shell(tmp_path):
+    code, line = run_script("train_pruning.py", *SMALL, "--out", tmp_path / "run", "--sparsity", 1, 0.7)
+    assert code == 2 and "ambiguous" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_good_run_has_no_error_line(tmp_path):
+    done = subprocess.run([sys.executable, "train.py", *SMALL, "--out", str(tmp_path / "run"), "--epochs", "1"],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = list(csv.DictReader((tmp_path / "run" / "history.csv").read_text().splitlines()))
+    assert len(rows) == 1 and "model.pt" in done.stdout

@@ -1,0 +1,347 @@
+"""Global magnitude pruning: against torch's, its pitfalls beside ours, exact counts, and zeros that stay."""
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+import pruning
+import train
+
+
+def small_model(seed=0):
+    """Two convolutions, one grouped, batch norm and a linear layer, for images (N, 3, 8, 8)."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                          nn.Conv2d(8, 16, 3, padding=1, groups=4, bias=False), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                          nn.Linear(64, 10))
+    for module in (model[0], model[3], model[6]):
+        nn.init.normal_(module.weight, 0, 0.2)          # one scale, so that no layer is emptied
+    return model
+
+
+WEIGHTS = ("0.weight", "3.weight", "6.weight")
+TOTAL = 216 + 288 + 640
+
+
+def kept(masks):
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def two_rounds(model, sparsity, **options):
+    """Masks after two rounds, applied each time."""
+    masks = pruning.global_masks(model, sparsity, **options)
+    pruning.apply_masks(model, masks)
+    masks = pruning.global_masks(model, sparsity, masks, **options)
+    pruning.apply_masks(model, masks)
+    return masks
+
+
+def layers_of(model):
+    return [(module, "weight") for module in model if isinstance(module, (nn.Conv2d, nn.Linear))]
+
+
+# ---- parity and counts
+
+def test_masks_are_those_of_torch_over_two_rounds():
+    ours, theirs = small_model(), small_model()
+    masks = None
+    for sparsity in (0.7, 0.5):
+        masks = pruning.global_masks(ours, sparsity, masks, minimum_density=0)
+        prune.global_unstructured(layers_of(theirs), prune.L1Unstructured, amount=sparsity)
+        for name, (module, _) in zip(WEIGHTS, layers_of(theirs), strict=True):
+            assert masks[name].dtype == torch.bool
+            assert torch.equal(masks[name], module.weight_mask.bool()), name
+
+
+def test_two_rounds_of_seventy_percent_leave_nine():
+    model = nn.Linear(100, 100)
+    masks = two_rounds(model, 0.7)
+    assert kept(masks) == 900
+    assert pruning.sparsity_of(model) == 0.91
+
+
+def test_counts_are_exact_where_all_weights_are_equal():
+    model = small_model()
+    for name in WEIGHTS:
+        nn.init.constant_(model.get_parameter(name), -0.25)
+    masks = pruning.global_masks(model, 0.7)
+    assert kept(masks) == TOTAL - round(0.7 * TOTAL)
+    again = pruning.global_masks(model, 0.7, masks)
+    assert kept(again) == kept(masks) - round(0.7 * kept(masks))
+    assert all(bool((masks[name] | ~again[name]).all()) for name in WEIGHTS)
+
+
+def test_only_convolution_and_linear_weights_are_pruned():
+    masks = pruning.global_masks(small_model(), 0.5)
+    assert tuple(masks) == WEIGHTS
+    assert {name: tuple(mask.shape) for name, mask in masks.items()} == {
+        "0.weight": (8, 3, 3, 3), "3.weight": (16, 2, 3, 3), "6.weight": (10, 64)}
+
+
+def test_sparsity_zero_keeps_everything():
+    assert kept(pruning.global_masks(small_model(), 0)) == kept(pruning.global_masks(small_model(), 0.0)) == TOTAL
+
+
+def test_half_precision_weights_are_ranked():
+    assert kept(pruning.global_masks(small_model().bfloat16(), 0.7)) == TOTAL - round(0.7 * TOTAL)
+
+
+def test_ranking_ignores_what_is_already_dropped():
+    model = small_model()
+    masks = pruning.global_masks(model, 0.5)
+    with torch.no_grad():
+        for name in WEIGHTS:                       # not applied, and grown: a dropped weight must not come back
+            model.get_parameter(name).masked_fill_(~masks[name], 100.0)
+    again = pruning.global_masks(model, 0.5, masks)
+    assert kept(again) == kept(masks) - round(0.5 * kept(masks))
+    assert not any(bool((again[name] & ~masks[name]).any()) for name in WEIGHTS)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), first=st.floats(0, 0.95), second=st.floats(0, 0.95),
+       minimum=st.sampled_from([0.0, 0.01, 0.1]), decimals=st.sampled_from([0, 1, 6]))
+def test_rounds_are_nested_exact_and_keep_the_largest(seed, first, second, minimum, decimals):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Linear(7, 11))
+    with torch.no_grad():
+        for position, layer in enumerate(model):
+            layer.weight.normal_(0, 10.0 ** (position - 1)).round_(decimals=decimals)     # many ties, uneven layers
+    floors = {name: max(1, math.ceil(minimum * weight.numel())) for name, weight in pruning.prunable(model).items()}
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in pruning.prunable(model).items()}
+    for sparsity in (first, second):
+        remaining, before = kept(masks), masks
+        removed = round(sparsity * remaining)
+        assume(remaining - removed >= sum(floors.values()))
+        masks = pruning.global_masks(model, sparsity, masks, minimum_density=minimum)
+        assert kept(masks) == remaining - removed
+        assert not any(bool((masks[name] & ~before[name]).any()) for name in masks)
+        pruning_took = [model.get_parameter(name).abs()[before[name] & ~masks[name]] for name in masks]
+        largest_dropped = torch.cat(pruning_took).max() if removed else 0
+        for name, mask in masks.items():
+            assert int(mask.sum()) >= floors[name]
+            smallest_kept = model.get_parameter(name).abs()[mask].min()
+            assert smallest_kept >= largest_dropped or int(mask.sum()) == floors[name], name
+        pruning.apply_masks(model, masks)
+
+
+# ---- torch's pitfalls, and that they are not ours
+
+def test_torch_prunes_its_own_zeros_again_after_remove():
+    theirs, ours = nn.Linear(100, 100), nn.Linear(100, 100)
+    for _ in range(2):
+        prune.global_unstructured([(theirs, "weight")], prune.L1Unstructured, amount=0.7)
+        prune.remove(theirs, "weight")
+    assert pruning.sparsity_of(theirs) == 0.70
+    two_rounds(ours, 0.7)
+    assert pruning.sparsity_of(ours) == 0.91
+
+
+def test_torch_modules_cannot_be_copied_once_pruned_and_ours_can():
+    images = torch.randn(2, 3, 8, 8)
+    theirs, ours = small_model(), small_model()
+    prune.global_unstructured(layers_of(theirs), prune.L1Unstructured, amount=0.7)
+    theirs(images)
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(theirs)
+    pruning.apply_masks(ours, pruning.global_masks(ours, 0.7))
+    ours(images)
+    twin = copy.deepcopy(ours)
+    assert torch.equal(twin.eval()(images), ours.eval()(images))
+
+
+def test_torch_renames_the_weights_and_ours_load_into_a_plain_network():
+    theirs, ours = small_model(), small_model()
+    names = set(theirs.state_dict())
+    prune.global_unstructured(layers_of(theirs), prune.L1Unstructured, amount=0.7)
+    assert {"0.weight_orig", "0.weight_mask"} <= set(theirs.state_dict()) and "0.weight" not in theirs.state_dict()
+    with pytest.raises(RuntimeError, match="weight_orig"):
+        small_model().load_state_dict(theirs.state_dict())
+    two_rounds(ours, 0.7)
+    assert set(ours.state_dict()) == names
+    small_model(seed=1).load_state_dict(ours.state_dict())
+
+
+def test_torch_reads_one_and_one_point_zero_differently_and_ours_refuses_both():
+    one, whole = (prune.l1_unstructured(nn.Linear(10, 10), "weight", amount=amount) for amount in (1, 1.0))
+    assert int((one.weight_mask == 0).sum()) == 1 and int((whole.weight_mask == 0).sum()) == 100
+    for amount in (1, 1.0):
+        with pytest.raises(ValueError, match="ambiguous"):
+            pruning.global_masks(small_model(), amount)
+
+
+def test_torch_ranks_nan_as_largest_and_ours_refuses_it():
+    theirs = nn.Linear(10, 10)
+    with torch.no_grad():
+        theirs.weight[3, 4] = math.nan
+    prune.l1_unstructured(theirs, "weight", amount=0.9)
+    assert theirs.weight_mask[3, 4] == 1
+    prune.remove(theirs, "weight")
+    with pytest.raises(ValueError, match="weight has 1 weights"):
+        pruning.global_masks(nn.Sequential(theirs), 0.5)
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_with_tensor_and_count(value):
+    model = small_model()
+    with torch.no_grad():
+        model[3].weight[5, 1, 0] = value
+    with pytest.raises(ValueError, match="^3.weight has 3 weights that are NaN or infinite"):
+        pruning.global_masks(model, 0.7)
+
+
+@pytest.mark.parametrize(("value", "message"), [
+    (1, "sparsity 1 is ambiguous"), (1.0, "ambiguous"), (-0.1, r"outside \[0, 1\)"), (1.5, "outside"), (70, "outside"),
+    (math.nan, "outside"), (math.inf, "outside"), ("0.7", "no number"), (None, "no number"), (True, "no number"),
+    (False, "no number"), ([0.7], "no number")])
+def test_sparsity_outside_its_range_is_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        pruning.check_sparsity(value)
+    with pytest.raises(ValueError, match=message):
+        pruning.global_masks(small_model(), value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 0.7, 1 - 1e-9, np.float64(0.7)])
+def test_sparsity_within_its_range_is_a_float(value):
+    assert pruning.check_sparsity(value) == value
+    assert type(pruning.check_sparsity(value)) is float
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.1, math.nan])
+def test_minimum_density_outside_its_range_is_refused(density):
+    with pytest.raises(ValueError, match="minimum density"):
+        pruning.global_masks(small_model(), 0.5, minimum_density=density)
+
+
+# ---- minimum density and exclusion
+
+def faint_layer():
+    """A model whose second convolution is far smaller than the rest, so that ranking alone would empty it."""
+    model = small_model()
+    with torch.no_grad():
+        model[3].weight.mul_(1e-4)
+    return model
+
+
+def test_minimum_density_holds_in_each_layer_and_keeps_its_largest():
+    model = faint_layer()
+    masks = two_rounds(model, 0.7, minimum_density=0.05)
+    floor = math.ceil(0.05 * 288)
+    assert int(masks["3.weight"].sum()) == floor
+    assert all(int(mask.sum()) >= math.ceil(0.05 * mask.numel()) for mask in masks.values())
+    expected = faint_layer()[3].weight.abs().flatten().topk(floor).indices.sort().values
+    assert torch.equal(masks["3.weight"].flatten().nonzero().flatten(), expected)
+    remaining = TOTAL - round(0.7 * TOTAL)
+    assert kept(masks) == remaining - round(0.7 * remaining)       # the others give what it keeps
+    assert pruning.held_layers(masks, 0.05) == ["3.weight"]
+
+
+def test_every_layer_keeps_at_least_one_weight():
+    masks = pruning.global_masks(faint_layer(), 0.95, minimum_density=0)
+    assert int(masks["3.weight"].sum()) == 1
+
+
+def test_density_that_cannot_be_held_is_refused():
+    with pytest.raises(ValueError, match=r"sparsity 0.9 leaves 114 weights.*0.2 by layer holds 230"):
+        pruning.global_masks(small_model(), 0.9, minimum_density=0.2)
+
+
+def test_excluded_layers_are_neither_pruned_nor_counted():
+    model = small_model()
+    masks = pruning.global_masks(model, 0.7, exclude=("0", "6"))
+    assert tuple(masks) == ("3.weight",) and kept(masks) == 288 - round(0.7 * 288)
+    pruning.apply_masks(model, masks)
+    assert pruning.sparsity_of(model, exclude=("0", "6")) == 1 - kept(masks) / 288
+    assert bool((model[0].weight != 0).all())
+
+
+def test_unknown_layer_to_exclude_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'conv9'; there are 0, 3, 6"):
+        pruning.global_masks(small_model(), 0.7, exclude=("conv9",))
+
+
+def test_layer_excluded_later_keeps_the_mask_it_has():
+    model = small_model()
+    first = pruning.global_masks(model, 0.5)
+    second = pruning.global_masks(model, 0.5, first, exclude=("6",))
+    assert torch.equal(second["6.weight"], first["6.weight"])
+
+
+def test_layer_included_later_starts_whole():
+    model = small_model()
+    first = pruning.global_masks(model, 0.5, exclude=("6",))
+    remaining = kept(first) + 640
+    assert kept(pruning.global_masks(model, 0.5, first)) == remaining - round(0.5 * remaining)
+
+
+# ---- what is written, and zeros that stay
+
+def test_ranking_changes_nothing_in_the_model_nor_in_the_masks():
+    model = small_model()
+    before = copy.deepcopy(model.state_dict())
+    outer = torch.get_rng_state()
+    masks = pruning.global_masks(model, 0.5)
+    kept_masks = copy.deepcopy(masks)
+    pruning.global_masks(model, 0.5, masks)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(masks[name], kept_masks[name]) for name in masks)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(outer, torch.get_rng_state())
+
+
+def test_apply_masks_zeroes_what_is_dropped_and_nothing_else():
+    model, plain = small_model(), small_model()
+    masks = pruning.global_masks(model, 0.7)
+    weight = model[0].weight
+    pruning.apply_masks(model, masks)
+    assert model[0].weight is weight and weight.requires_grad
+    for name, tensor in plain.state_dict().items():
+        expected = torch.where(masks[name], tensor, 0.0) if name in masks else tensor
+        assert torch.equal(model.state_dict()[name], expected), name
+    assert pruning.sparsity_of(model) == round(0.7 * TOTAL) / TOTAL
+
+
+def test_mask_gradients_zeroes_those_of_dropped_weights():
+    model = small_model()
+    masks = pruning.global_masks(model, 0.7)
+    pruning.mask_gradients(model, masks)                             # no gradient yet: nothing to do
+    model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    pruning.mask_gradients(model, masks)
+    for name, parameter in model.named_parameters():
+        expected = torch.where(masks[name], whole[name], 0.0) if name in masks else whole[name]
+        assert torch.equal(parameter.grad, expected), name
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_dropped_weights_stay_exactly_zero_through_fifty_steps_and_the_average(tmp_path, nesterov):
+    model = small_model()
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(8, 3, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator))] * 50
+    options = {**train.DEFAULTS, "epochs": [1], "mixing": "cutmix", "schedule": "one-cycle", "averaging": "ema",
+               "lr": 0.1, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 1e-2, "ema_decay": 0.9}
+    run = train.Run(options, tmp_path, torch.device("cpu"), {"num_classes": 10}, model, generator, batches, None,
+                    forward=model)
+    train.begin_round(run)
+    for step, (images, labels) in enumerate(batches[:5]):            # momentum of weights that are dropped later
+        train.train_step(run, images, labels, step)
+    run.masks = pruning.global_masks(model, 0.8)
+    pruning.apply_masks(model, run.masks)
+    run.average = copy.deepcopy(model)
+    start = copy.deepcopy(model.state_dict())
+    for step, (images, labels) in enumerate(batches[:45]):
+        train.train_step(run, images, labels, step)
+        for network in (model, run.average):
+            for name, mask in run.masks.items():
+                assert bool((network.get_parameter(name)[~mask] == 0).all()), (step, name)
+    assert pruning.sparsity_of(model) == pruning.sparsity_of(run.average) == round(0.8 * TOTAL) / TOTAL
+    for name, mask in run.masks.items():
+        assert bool((model.get_parameter(name)[mask] != start[name][mask]).all())      # the others did train

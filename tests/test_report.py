@@ -1,0 +1,84 @@
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+import profil
+import report
+import test as half_test
+
+
+@pytest.fixture(scope="module")
+def reported(trained, tmp_path_factory):
+    """Two runs that differ in their seed alone, tested and profiled."""
+    half_test.main(["--checkpoint", str(trained / "model.pt")])
+    profil.main(["--checkpoint", str(trained / "model.pt")])
+    folders = [tmp_path_factory.mktemp("runs") / f"seed{seed}" for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        shutil.copytree(trained, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["settings"]["seed"] = seed
+        (folder / "config.json").write_text(json.dumps(config))
+        found = json.loads((folder / "report.json").read_text())
+        found["test"]["accuracy"] = 90.0 + 2 * seed
+        (folder / "report.json").write_text(json.dumps(found))
+    return folders
+
+
+def test_runs_that_differ_in_seed_share_a_row(reported, tmp_path, capsys):
+    report.main([*map(str, reported), "--out", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert len(table) == 1 and table["n"][0] == 2
+    assert table["test_accuracy"][0] == 91.0 and table["test_sd"][0] == pytest.approx(2**0.5)
+    assert "91.00 ± 1.41" in capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text().count("\n") == 3
+
+
+def test_another_setting_is_another_row(reported, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(reported[0], other)
+    config = json.loads((other / "config.json").read_text())
+    config["settings"]["lr"] = 0.01
+    (other / "config.json").write_text(json.dumps(config))
+    report.main([*map(str, reported), str(other), "--out", str(tmp_path / "out")])
+    assert sorted(pd.read_csv(tmp_path / "out" / "table.csv")["n"]) == [1, 2]
+
+
+def test_plots_are_drawn_and_kept_without_sources(reported, tmp_path):
+    report.main([str(reported[0]), "--out", str(tmp_path)])
+    kept = tmp_path / "seed0"
+    for name in ("curves.png", "layers.png"):
+        assert (kept / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "accuracy_size.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((kept / "config.json").read_text())
+    assert "source" not in config and "out" not in config["settings"]
+    assert pd.read_csv(kept / "history.csv").equals(pd.read_csv(reported[0] / "history.csv"))
+
+
+def test_kept_runs_are_reported_again_from_results(reported, tmp_path, monkeypatch):
+    report.main([str(reported[0]), "--out", str(tmp_path / "results")])
+    before = (tmp_path / "results" / "table.csv").read_text()
+    monkeypatch.chdir(tmp_path)
+    report.main([])
+    assert (tmp_path / "results" / "table.csv").read_text() == before
+
+
+def test_an_untested_run_has_dashes(trained, tmp_path):
+    untested = tmp_path / "untested"
+    shutil.copytree(trained, untested, ignore=shutil.ignore_patterns("report.json"))
+    report.main([str(untested), "--out", str(tmp_path / "out")])
+    assert "| - |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_no_run_and_damaged_files_are_named(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="train first"):
+        report.main([])
+    with pytest.raises(FileNotFoundError, match="nothing is no run"):
+        report.main(["nothing"])
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained, damaged)
+    (damaged / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        report.main([str(damaged)])

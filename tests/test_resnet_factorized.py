@@ -1,0 +1,134 @@
+"""Networks: their size, parity with torchvision, and what the channel shuffle does."""
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import resnet_factorized
+from resnet_factorized import build, shuffle_channels
+
+GOLDEN = {1: (11_173_962, 555_422_720), 4: (2_805_834, 140_186_624), 8: (1_411_146, 70_980_608)}
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("groups", GOLDEN)
+def test_resnet18_has_the_golden_parameters_and_macs(groups, shuffle):
+    model = build("resnet18", groups, shuffle)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 32, 32))
+    assert sum(parameter.numel() for parameter in model.parameters()) == GOLDEN[groups][0]
+    assert counter.get_total_flops() == 2 * GOLDEN[groups][1]
+
+
+@pytest.mark.parametrize("name", resnet_factorized.NETWORKS)
+def test_every_depth_gives_one_row_of_logits_an_image(name):
+    model = build(name, num_classes=7)
+    assert sum(isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) or isinstance(module, nn.Linear)
+               for module in model.modules()) == {"resnet18": 18, "resnet34": 34}.get(name, (int(name[6:]) - 2) // 3 + 2)
+    logits = model(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 7) and bool(torch.isfinite(logits).all())
+
+
+def test_every_convolution_but_the_stem_is_grouped():
+    for name, module in build("resnet50", groups=4).named_modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.groups == (1 if name == "conv1" else 4), name
+            assert module.bias is None
+
+
+def test_other_sizes_and_channels():
+    assert build(in_channels=1)(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("groups", [0, -8, 3, 5, 24, 128])
+def test_groups_that_do_not_divide_are_refused(groups):
+    with pytest.raises(ValueError, match=f"groups {groups} does not divide.*choose 1, 2, 4, 8"):
+        build("resnet18", groups)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 16, 32, 64])
+def test_groups_that_divide_are_built(groups):
+    assert build("resnet18", groups).eval()(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
+
+
+def test_unknown_network_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'resnet19'.*resnet18, resnet34, resnet50, resnet101, resnet152"):
+        build("resnet19")
+
+
+# ---- parity
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_dense_network_equals_torchvision_with_the_stem_for_small_images(name):
+    import torchvision
+    theirs = getattr(torchvision.models, name)(num_classes=10)
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    ours = build(name, groups=1)
+    renamed = {key.replace("downsample", "shortcut").replace("fc.", "linear."): tensor
+               for key, tensor in theirs.state_dict().items()}
+    ours.load_state_dict(renamed)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs(images), ours(images)                      # running statistics that are not 0 and 1
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-5, atol=1e-5)
+    for key, tensor in theirs.state_dict().items():
+        own = ours.state_dict()[key.replace("downsample", "shortcut").replace("fc.", "linear.")]
+        torch.testing.assert_close(own, tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(64, 8), (12, 3), (12, 4), (6, 1), (6, 6)])
+def test_shuffle_equals_torch(channels, groups):
+    images = torch.randn(2, channels, 5, 3)
+    assert torch.equal(shuffle_channels(images, groups), nn.ChannelShuffle(groups)(images))
+
+
+def test_shuffle_puts_channel_k_of_group_g_at_its_stated_place():
+    images = torch.arange(24.0).view(1, 24, 1, 1)
+    shuffled = shuffle_channels(images, 4).flatten()
+    for group in range(4):
+        for k in range(6):
+            assert shuffled[k * 4 + group] == group * 6 + k
+
+
+def changed_groups(shuffle):
+    """Which of the 8 groups of the last features change when the first group's input channels do."""
+    torch.manual_seed(0)
+    model = build("resnet18", 8, shuffle).eval()
+    stages = nn.Sequential(model.layer1, model.layer2, model.layer3, model.layer4)
+    features = torch.rand(1, 64, 16, 16)
+    moved = features.clone()
+    moved[:, :8] += 1
+    with torch.no_grad():
+        difference = (stages(moved) != stages(features)).view(8, 64, -1)
+    return [group for group in range(8) if bool(difference[group].any())]
+
+
+def test_a_group_reaches_the_others_only_through_the_shuffle():
+    assert changed_groups(shuffle=False) == [0]
+    assert changed_groups(shuffle=True) == list(range(8))
+
+
+def test_dense_network_has_nothing_to_shuffle():
+    images = torch.randn(2, 3, 16, 16)
+    plain, shuffled = build("resnet18", 1, shuffle=False).eval(), build("resnet18", 1, shuffle=True).eval()
+    shuffled.load_state_dict(plain.state_dict())
+    assert torch.equal(plain(images), shuffled(images))
+
+
+# ---- initial weights
+
+def test_convolutions_start_with_he_variance_by_group():
+    torch.manual_seed(0)
+    for name, module in build("resnet18", groups=8).named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels // module.groups * module.kernel_size[0] ** 2
+            deviation = module.weight.std().item() / (2 / fan_out) ** 0.5
+            assert abs(deviation - 1) < 5 / (2 * module.weight.numel()) ** 0.5, name
+
+
+def test_the_seed_decides_the_weights():
+    def weights(seed):
+        torch.manual_seed(seed)
+        return torch.cat([parameter.flatten() for parameter in build().parameters()])
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))

@@ -1,0 +1,464 @@
+"""Training: technique lines, one step by hand, schedules, averages, evaluation, and short runs through main."""
+import copy
+import importlib.util
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import checkpoint
+import commandline
+import pruning
+import train
+import train_pruning
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+SHORT = ["--dataset", "digits", "--device", "cpu", "--compile", "off"]
+GROUPS = ("model", "groups", "shuffle", "mixing", "schedule", "averaging")
+
+
+def start_run(out, model, batches, classes=10, **settings):
+    """A run of `model` over a list of batches, at the start of its first round."""
+    options = {**train.DEFAULTS, "epochs": [1], "mixing": "none", "schedule": "one-cycle", "averaging": "none", **settings}
+    run = train.Run(options, out, CPU, {"num_classes": classes}, model, torch.Generator().manual_seed(0), batches, None,
+                    forward=model)
+    train.begin_round(run)
+    return run
+
+
+def linear_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+
+
+def random_batches(count=3, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(size, 3, 2, 2, generator=generator), torch.randint(10, (size,), generator=generator))
+            for _ in range(count)]
+
+
+def dry_run(main, capsys, *flags):
+    """The settings that `main` prints for these flags."""
+    main([*SHORT, "--dry-run", "--batch-size", "2", "--limit", "4", *flags])
+    printed = capsys.readouterr().out
+    return json.loads(printed[printed.index("{\n"):])
+
+
+# ---- technique lines
+
+def commented_lines(script):
+    """[(group, value as text)] of the lines that are not active."""
+    block = (ROOT / script).read_text().split("# ---- techniques", 1)[1].split("\n\n", 1)[0]
+    return re.findall(r"^# ([A-Z]+) = (\S+)", block, re.MULTILINE)
+
+
+def activate(text, group, value):
+    """The script's text with the line `group = value` active in place of the one that was."""
+    text = re.sub(rf"^({group} = )", r"# \1", text, flags=re.MULTILINE)
+    return text.replace(f"# {group} = {value} ", f"{group} = {value} ").replace(f"# {group} = {value}\n",
+                                                                               f"{group} = {value}\n")
+
+
+def load_script(path, monkeypatch):
+    """A copied script as a module."""
+    spec = importlib.util.spec_from_file_location(f"edited_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+LINES = [(script, group, value) for script in ("train.py", "train_pruning.py")
+         for group, value in commented_lines(script)]
+
+
+@pytest.mark.parametrize(("script", "group", "value"), LINES)
+def test_every_commented_line_runs_when_it_is_active(script, group, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    edited = tmp_path / script
+    edited.write_text(activate((ROOT / script).read_text(), group, value))
+    active = commandline.read_lines(edited)[0]
+    assert repr(active[group.lower()]).replace("'", '"') == value
+    rounds = ["1", "1"] if script == "train_pruning.py" else ["1"]
+    size = ["4", "2"] if group == "MODEL" else ["64", "32"]
+    load_script(edited, monkeypatch).main([*SHORT, "--epochs", *rounds, "--limit", size[0], "--batch-size", size[1],
+                                           "--out", "run", *(["--sparsity", "0.7"] if len(rounds) > 1 else [])])
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert {name: settings[name] for name in active} == active
+    state = checkpoint.read(tmp_path / "run" / "model.pt")
+    assert {name: state["architecture"][{"model": "name"}.get(name, name)] for name in ("model", "groups", "shuffle")} == {
+        name: active[name] for name in ("model", "groups", "shuffle")}
+    last = checkpoint.read(tmp_path / "run" / "last.pt")
+    assert (last["average"] is None) == (active["averaging"] == "none")
+    assert len(last["history"]) == len(rounds) and all(math.isfinite(row["train_loss"]) for row in last["history"])
+    zeros = sum(int((weight == 0).sum()) for name, weight in state["weights"].items() if name in last["masks"])
+    total = sum(mask.numel() for mask in last["masks"].values())
+    assert zeros == (round(0.7 * total) if len(rounds) > 1 else 0)
+
+
+@pytest.mark.parametrize("script", ["train.py", "train_pruning.py"])
+def test_lines_offer_every_choice_and_one_is_active(script):
+    active, choices = commandline.read_lines(ROOT / script)
+    assert tuple(active) == GROUPS
+    assert all(active[group.lower()] == values[0] and len(values) > 1 for group, values in choices.items())
+    assert choices["MODEL"] == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+    assert choices["GROUPS"] == [8, 4, 1] and choices["SCHEDULE"] == ["one-cycle", "cosine", "plateau"]
+
+
+def test_both_scripts_have_the_same_lines():
+    assert commandline.read_lines(ROOT / "train.py") == commandline.read_lines(ROOT / "train_pruning.py")
+
+
+@pytest.mark.parametrize("group", [name.upper() for name in GROUPS])
+@pytest.mark.parametrize("script", ["train.py", "train_pruning.py"])
+def test_two_or_no_active_lines_are_refused_with_the_group_and_its_choices(script, group, tmp_path, monkeypatch):
+    text, edited = (ROOT / script).read_text(), tmp_path / script
+    choices = commandline.read_lines(ROOT / script)[1][group]
+    none = re.sub(rf"^({group} = )", r"# \1", text, flags=re.MULTILINE)
+    both = re.sub(rf"^# ({group} = )", r"\1", text, count=1, flags=re.MULTILINE)
+    for changed, count in ((none, 0), (both, 2)):
+        edited.write_text(changed)
+        with pytest.raises(ValueError, match=f"{script} has {count} active {group} lines") as error:
+            commandline.read_lines(edited)
+        assert all(repr(choice) in str(error.value) for choice in choices)
+        with pytest.raises(ValueError, match=f"{count} active {group}"):
+            load_script(edited, monkeypatch).main([*SHORT, "--dry-run"])
+
+
+@pytest.mark.parametrize("main", [train.main, train_pruning.main])
+def test_flags_override_lines(main, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = dry_run(main, capsys)
+    assert [lines[group] for group in GROUPS] == ["resnet18", 8, True, "cutmix", "one-cycle", "ema"]
+    flags = dry_run(main, capsys, "--model", "resnet34", "--groups", "4", "--no-shuffle", "--mixing", "none",
+                    "--schedule", "cosine", "--averaging", "none")
+    assert [flags[group] for group in GROUPS] == ["resnet34", 4, False, "none", "cosine", "none"]
+    assert flags["lines"] == lines["lines"]
+
+
+@pytest.mark.parametrize("flags", [["--mixing", "mixdown"], ["--model", "resnet19"], ["--schedule", "step"],
+                                   ["--averaging", "mean"], ["--groups", "eight"], ["--groups", "3"]])
+def test_flags_with_another_value_are_refused(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=flags[1]):
+        train.main([*SHORT, "--dry-run", *flags])
+
+
+# ---- settings
+
+def test_published_recipe_is_the_original_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main, given = train_pruning.main, [*SHORT, "--dry-run", "--limit", "40"]
+    main([*given, "--recipe", "published"])
+    printed = capsys.readouterr().out
+    settings = json.loads(printed[printed.index("{\n"):])
+    expected = {"batch_size": 32, "lr": 0.01, "momentum": 0.5, "nesterov": False, "weight_decay": 1e-5,
+                "label_smoothing": 0.0, "mixing": "cutmix", "mix_probability": 1.0, "mix_alpha": 1.0,
+                "schedule": "plateau", "averaging": "none", "shuffle": False, "groups": 8, "model": "resnet18",
+                "epochs": [100, 25, 125], "sparsity": [0.7, 0.7], "recipe": "published"}
+    assert {name: settings[name] for name in expected} == expected
+    flags = dry_run(main, capsys, "--recipe", "published", "--lr", "0.02", "--shuffle", "--averaging", "ema")
+    assert (flags["lr"], flags["shuffle"], flags["averaging"]) == (0.02, True, "ema")
+
+
+def test_published_recipe_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    passes = []
+    monkeypatch.setattr(train, "evaluate", lambda model, batches, device: (passes.append(batches), (2.5, 10.0))[1])
+    train.main([*SHORT, "--recipe", "published", "--epochs", "1", "--limit", "64", "--out", "run"])
+    state = checkpoint.read("run/last.pt")
+    group = state["optimizer"]["param_groups"][0]
+    assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.01, 0.5, False, 1e-5)
+    assert state["average"] is None and state["schedule"]["best"] == 2.5
+    assert len(passes) == 3 and isinstance(passes[0], torch.utils.data.DataLoader)       # after training: four passes
+    assert len(passes[0].dataset) == 64 and passes[1] is passes[2] is not passes[0]
+
+
+@pytest.mark.parametrize("main", [train.main, train_pruning.main])
+def test_dry_run_writes_nothing(main, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = dry_run(main, capsys, "--out", "there", "--data", "data")
+    assert settings["out"] == "there" and settings["dry_run"] is True
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_dry_run_says_how_long_it_will_take(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_pruning.main([*SHORT, "--dry-run", "--limit", "64", "--batch-size", "32"])
+    printed = capsys.readouterr().out
+    assert "64 images an epoch, 100 + 25 + 125 epochs" in printed
+    assert re.search(r"estimated time for all rounds: [\d.]+ min at \d+ images/s", printed)
+
+
+# ---- schedules
+
+@pytest.mark.parametrize("name", ["one-cycle", "cosine"])
+def test_schedule_starts_above_zero_peaks_at_one_and_ends_near_zero(name, tmp_path):
+    model = linear_model()
+    run = start_run(tmp_path, model, [None] * 50, schedule=name, lr=0.4, epochs=[4])
+    rates = []
+    for _ in range(200):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.optimizer.step()
+        run.schedule.step()
+    peak = rates.index(max(rates))
+    assert 0 < rates[0] < 0.03 * 0.4
+    assert rates[peak] == pytest.approx(0.4, rel=2e-3)
+    assert peak == pytest.approx({"one-cycle": 50, "cosine": 10}[name], abs=1)
+    assert rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0 < rates[-1] < 0.01 * 0.4
+    assert 0 <= run.optimizer.param_groups[0]["lr"] < 1e-9
+
+
+@pytest.mark.parametrize("shape", [train.one_cycle, train.warm_cosine])
+def test_shares_of_the_learning_rate_stay_between_zero_and_one(shape):
+    shares = [shape(step / 999) for step in range(1000)]
+    assert all(0 <= share <= 1 for share in shares) and min(shares[:-1]) > 0 and max(shares) > 0.999
+
+
+def test_plateau_takes_a_tenth_when_the_validation_loss_stalls(tmp_path, monkeypatch):
+    run = start_run(tmp_path, linear_model(), [], schedule="plateau", lr=0.2)
+    run.train, losses = random_batches(1), iter([2.0] + [3.0] * 12)
+    monkeypatch.setattr(train, "measure", lambda run: (next(losses), 10.0))
+    monkeypatch.setattr(train, "save", lambda run: None)
+    bar = type("Bar", (), {"disable": True, "update": lambda self, count: None})()
+    rates = [train.run_epoch(run, bar)["lr"] for _ in range(13)]
+    assert rates == [0.2] * 12 + [0.02]
+
+
+# ---- one step
+
+def test_train_step_is_smoothed_cross_entropy_and_nesterov_by_hand(tmp_path):
+    batches, model, smoothing, decay, momentum, rate = random_batches(4), linear_model(), 0.1, 0.01, 0.9, 0.3
+    run = start_run(tmp_path, model, batches, label_smoothing=smoothing, weight_decay=decay, momentum=momentum, lr=rate)
+    weight, bias = (tensor.detach().clone() for tensor in (model[1].weight, model[1].bias))
+    slots = torch.zeros_like(weight), torch.zeros_like(bias)
+    for step, (images, labels) in enumerate(batches):
+        found, right = train.train_step(run, images, labels, step)
+        flat = images.flatten(1)
+        logits = flat @ weight.T + bias
+        wanted = torch.full((8, 10), smoothing / 10)
+        wanted[range(8), labels] += 1 - smoothing
+        logarithms = logits - logits.exp().sum(1, keepdim=True).log()
+        loss = -(wanted * logarithms).sum(1).mean()
+        slope = (logarithms.exp() - wanted) / 8
+        share = rate * train.one_cycle(step / 4)
+        for tensor, slot, gradient in zip((weight, bias), slots, (slope.T @ flat, slope.sum(0)), strict=True):
+            gradient += decay * tensor
+            slot.mul_(momentum).add_(gradient)
+            tensor -= share * (gradient + momentum * slot)
+        assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+        assert right.item() == (logits.argmax(1) == labels).sum()
+        torch.testing.assert_close(model[1].weight, weight)
+        torch.testing.assert_close(model[1].bias, bias)
+
+
+def test_mixing_draws_from_the_generator_of_the_run_alone(tmp_path):
+    images, labels = random_batches(1)[0]
+    results = []
+    for outer_seed in (1, 2):
+        model = linear_model()
+        run = start_run(tmp_path, model, [None], mixing="cutmix", mix_probability=1.0)
+        torch.manual_seed(outer_seed)
+        outer, inner = torch.get_rng_state(), run.generator.get_state()
+        train.train_step(run, images, labels, 0)
+        assert torch.equal(outer, torch.get_rng_state())
+        assert not torch.equal(inner, run.generator.get_state())
+        results.append(model[1].weight.detach())
+    assert torch.equal(*results)
+
+
+def test_no_mixing_draws_nothing(tmp_path):
+    images, labels = random_batches(1)[0]
+    run = start_run(tmp_path, linear_model(), [None], mixing="none")
+    inner, kept = run.generator.get_state(), images.clone()
+    train.train_step(run, images, labels, 0)
+    assert torch.equal(inner, run.generator.get_state()) and torch.equal(images, kept)
+
+
+def test_mixed_batch_is_what_the_network_sees_and_learns(tmp_path, monkeypatch):
+    images, labels = random_batches(1)[0]
+    seen, model = [], linear_model()
+    run = start_run(tmp_path, model, [None], mixing="cutmix", label_smoothing=0.0)
+    soft = torch.softmax(torch.randn(8, 10), 1)
+
+    def half(images, targets, generator, alpha, probability):
+        assert generator is run.generator and (alpha, probability) == (1.0, 0.5)
+        assert torch.equal(targets, F.one_hot(labels, 10).float())
+        return images / 2, soft
+    monkeypatch.setattr(train, "cutmix", half)
+    run.forward = lambda batch: seen.append(batch) or model(batch)
+    expected = F.cross_entropy(model(images / 2), soft).item()
+    assert train.train_step(run, images, labels, 0)[0].item() == pytest.approx(expected)
+    assert torch.equal(seen[0], images / 2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_stops_before_the_update(value, tmp_path):
+    (images, labels), model = random_batches(1)[0], linear_model()
+    run = start_run(tmp_path, model, [None] * 10, averaging="ema", lr=0.2)
+    train.train_step(run, images, labels, 0)
+    before = copy.deepcopy((model.state_dict(), run.average.state_dict(), run.optimizer.state_dict()))
+    images[3, 0, 0, 0] = value
+    with pytest.raises(RuntimeError, match=r"not finite: epoch 1, step 2, learning rate .*none yet"):
+        train.train_step(run, images, labels, 1)
+    for old, new in zip(before, (model.state_dict(), run.average.state_dict(), run.optimizer.state_dict()), strict=True):
+        torch.testing.assert_close(old, new, rtol=0, atol=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_epoch_reports_means_over_its_images(tmp_path):
+    batches, model = random_batches(3), linear_model()
+    run = start_run(tmp_path, model, batches, lr=1e-12, label_smoothing=0.0)
+    bar = type("Bar", (), {"disable": True, "update": lambda self, count: None})()
+    loss, accuracy = train.train_epoch(run, bar)
+    with torch.no_grad():
+        logits, labels = torch.cat([model(images) for images, _ in batches]), torch.cat([own for _, own in batches])
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), rel=1e-5)
+
+
+# ---- averaging
+
+def wiggle(model, generator):
+    """Other weights, other running statistics, one batch more counted."""
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor += torch.rand(tensor.shape, generator=generator)
+            else:
+                tensor += 1
+
+
+def test_average_equals_that_of_torch():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 10))
+    ours, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    theirs.update_parameters(model)
+    for step in range(1000, 1006):
+        wiggle(model, generator)
+        train.update_average(ours, model, 0.9, step)
+        theirs.update_parameters(model)
+    for name, tensor in ours.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, theirs.module.state_dict()[name], rtol=1e-6, atol=1e-6)
+            assert not torch.equal(tensor, model.state_dict()[name])
+    assert ours[1].num_batches_tracked == model[1].num_batches_tracked == 6
+
+
+@pytest.mark.parametrize(("step", "decay"), [(0, 0.1), (8, 0.5), (100, 101 / 110), (10_000, 0.998)])
+def test_average_forgets_its_first_steps_sooner(step, decay):
+    model, average = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.constant_(model.weight, 3.0)
+    nn.init.constant_(average.weight, 1.0)
+    train.update_average(average, model, 0.998, step)
+    assert average.weight.item() == pytest.approx(decay * 1 + (1 - decay) * 3, rel=1e-6)
+    assert model.weight.item() == 3.0
+
+
+def test_average_is_what_the_round_ends_with(tmp_path, monkeypatch):
+    run = start_run(tmp_path, linear_model(), random_batches(3), averaging="ema", lr=0.3)
+    run.validation = random_batches(1, seed=1)
+    monkeypatch.setattr(train, "save", lambda run: None)
+    trained = []
+    monkeypatch.setattr(train, "measure", lambda run: (trained.append(run.model[1].weight.detach().clone()), (1.0, 1.0))[1])
+    train.fit(run)
+    assert torch.equal(run.model[1].weight, run.average[1].weight)
+    assert not torch.equal(run.model[1].weight, trained[0])
+
+
+# ---- evaluation
+
+def test_evaluate_counts_each_image_once(tmp_path):
+    model = linear_model()
+    images, labels = (torch.cat(parts) for parts in zip(*random_batches(3), strict=True))
+    batches = list(zip(images.split(9), labels.split(9), strict=True))
+    assert [len(part) for _, part in batches] == [9, 9, 6]
+    loss, accuracy = train.evaluate(model, batches, CPU)
+    losses, right = [], 0
+    with torch.no_grad():
+        for image, label in zip(images, labels, strict=True):
+            logits = model(image[None])[0]
+            losses.append(-(logits[label] - logits.exp().sum().log()).item())
+            right += int(logits.argmax() == label)
+    assert loss == pytest.approx(sum(losses) / 24, rel=1e-5)
+    assert accuracy == pytest.approx(100 * right / 24, rel=1e-6)
+
+
+def dropping_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 10))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_restores_the_mode_and_leaves_the_model_as_it_was(training):
+    model = dropping_model().train(training)
+    before = copy.deepcopy(model.state_dict())
+    first, second = (train.evaluate(model, random_batches(2), CPU) for _ in range(2))
+    assert first == second
+    assert all(module.training == training for module in model.modules())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_evaluate_restores_the_mode_when_it_fails():
+    model = dropping_model().train()
+    with pytest.raises(RuntimeError):
+        train.evaluate(model, [(torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64))], CPU)
+    assert model.training
+
+
+def test_evaluate_draws_from_no_generator(tmp_path):
+    run = start_run(tmp_path, dropping_model(), random_batches(2))
+    run.validation = random_batches(2, seed=1)
+    outer, inner = torch.get_rng_state(), run.generator.get_state()
+    train.measure(run)
+    assert torch.equal(outer, torch.get_rng_state()) and torch.equal(inner, run.generator.get_state())
+
+
+def test_averaged_weights_are_the_ones_measured(tmp_path):
+    run = start_run(tmp_path, linear_model(), random_batches(1), averaging="ema")
+    run.validation = random_batches(2, seed=1)
+    nn.init.zeros_(run.average[1].weight)
+    nn.init.zeros_(run.average[1].bias)
+    assert train.measure(run)[0] == pytest.approx(math.log(10), rel=1e-6)
+
+
+# ---- whole runs
+
+def test_pruning_run_leaves_nine_percent_in_every_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_pruning.main([*SHORT, "--epochs", "1", "1", "1", "--limit", "32", "--batch-size", "16", "--out", "run"])
+    model, state = train.load_network("run/model.pt")
+    last = checkpoint.read("run/last.pt")
+    total = sum(weight.numel() for weight in pruning.prunable(model).values())
+    left = total - round(0.7 * total)
+    left -= round(0.7 * left)
+    assert pruning.sparsity_of(model) == 1 - left / total or round(pruning.sparsity_of(model) * total) == total - left
+    for name, mask in last["masks"].items():
+        for weights in (state["weights"], last["weights"], last["average"]):
+            assert bool((weights[name][~mask] == 0).all()), name
+    assert sum(int(mask.sum()) for mask in last["masks"].values()) == left
+    assert [row["round"] for row in last["history"]] == [1, 2, 3] and last["round"] == 2
+    assert [row["sparsity"] for row in last["history"]] == pytest.approx([0, 0.7, 0.91], abs=1e-5)
+    assert capsys.readouterr().out.count("pruned 70 % of the remaining weights") == 2
+
+
+def test_the_seed_decides_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = []
+    for out, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        torch.rand(5)
+        train.main([*SHORT, "--epochs", "1", "--limit", "16", "--batch-size", "8", "--out", out, "--seed", seed])
+        results.append(checkpoint.read(f"{out}/model.pt")["weights"])
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    assert not torch.equal(results[0]["linear.weight"], results[2]["linear.weight"])
