@@ -18,22 +18,23 @@ import checkpoint
 import cifar10
 import commandline
 import compiling
+import experiment
 import train
 
 
 def make_run(recipe, arguments):
     """A run that is ready to train, with the settings that train.py would resolve; nothing is written."""
     lines, _ = commandline.read_lines(train.__file__)
-    settings = {**train.DEFAULTS, **lines, **(train.PUBLISHED if recipe == "published" else {}), "lines": lines,
+    settings = {**train.DEFAULTS, **lines, **train.RECIPES.get(recipe, {}), "lines": lines,
                 "recipe": recipe, "dataset": arguments.dataset, "data": arguments.data, "device": arguments.device,
                 "out": "unused", "dry_run": True}
-    run = train.prepare(settings, None)
+    run = experiment.prepare(settings, None)
     height, width, channels = cifar10.KINDS[arguments.dataset].shape
     shape = (settings["batch_size"], channels, height, width)
     wanted = "off" if recipe == "published" else "auto"
     run.forward, _, note = compiling.choose_forward(run.model, wanted, compiling.WORTH_COMPILING, shape,
-                                                    train.autocast(run.device), run.device)
-    train.begin_round(run)
+                                                    experiment.autocast(run.device), run.device)
+    experiment.begin_round(run)
     return run, note
 
 

@@ -64,7 +64,7 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    return all([mallopt(*option) for option in (no_mmap, trim, pad)])
+    return all(mallopt(*option) for option in (no_mmap, trim, pad))
 
 
 def find_compiler():

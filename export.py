@@ -41,7 +41,7 @@ def main(argv):
     source, target = find_checkpoint(arguments.checkpoint), Path(arguments.out)
     target.parent.mkdir(parents=True, exist_ok=True)
     before, after = export(source, target)
-    print(f"{source}: {before:,} bytes -> {target}: {after:,} bytes, a {before / after:.1f}th")
+    print(f"{source}: {before:,} bytes -> {target}: {after:,} bytes, {before / after:.1f} times smaller")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ run, `--dry-run` says how long a run will take.
 """
 import commandline
 import pruning
-from train import finish, fit, start
+from experiment import finish, start
+from train import DEFAULTS, RECIPES, fit
 
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
@@ -28,7 +29,7 @@ SCHEDULE = "one-cycle"        # in each round: up for a quarter, down to zero, a
 AVERAGING = "ema"             # exponential moving average of the weights
 # AVERAGING = "none"
 
-ROUNDS = {"epochs": [100, 25, 125], "sparsity": [0.7, 0.7]}
+ROUNDS = {**DEFAULTS, "epochs": [100, 25, 125], "sparsity": [0.7, 0.7]}
 
 
 def add_flags(parser):
@@ -50,7 +51,7 @@ def prune(run):
 
 def main(argv):
     """Train in rounds with pruning between them; the state of a run says where to begin."""
-    run = start(__file__, __doc__.splitlines()[0], ROUNDS, argv, add_flags)
+    run = start(__file__, __doc__.splitlines()[0], ROUNDS, RECIPES, argv, add_flags)
     if run is None:
         return
     fit(run)

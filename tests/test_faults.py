@@ -56,7 +56,7 @@ def one_line(errors):
 def run_script(script, *flags, folder=ROOT, **environment):
     """(exit code, its one error line) of a script in a process of its own."""
     done = subprocess.run([sys.executable, script, *map(str, flags)], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=300)
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
     return done.returncode, one_line(done.stderr)
 
 
@@ -267,26 +267,18 @@ def start(out, *flags):
     return train.start(train.__file__, "", {}, [*SMALL, "--out", str(out), *map(str, flags)])
 
 
-def test_diverging_run_stops_and_saves_nothing_that_is_not_finite(shell, tmp_path):
-    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--epochs", 4, "--lr", 1e30, "--limit", 64)
-    assert code == 1
-    assert re.search(r"not finite: epoch \d+, step \d+, learning rate .*; last good checkpoint: .*smaller --lr", line)
-    for path in (tmp_path / "run").glob("*.pt"):
-        state = checkpoint.read(path)
-        assert all(bool(torch.isfinite(tensor).all()) for tensor in state["weights"].values()), path.name
-        assert all(row["validation_loss"] == row["validation_loss"] for row in state["history"]), path.name
-
-
 def test_diverging_validation_is_not_saved(shell, tmp_path):
     """One step an epoch: the first loss is finite, what it leads to is not."""
-    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--epochs", 3, "--lr", 1e37)
+    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--epochs", 3, "--lr", 1e12)
     assert code == 1 and "not finite" in line and "last good checkpoint: none yet" in line
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
 def test_diverging_run_from_the_shell(tmp_path):
     code, line = run_script("train.py", *SMALL, "--limit", 64, "--out", tmp_path / "run", "--lr", "1e30", "--epochs", 2)
-    assert code == 1 and "not finite: epoch " in line
+    assert code == 1
+    assert re.search(r"not finite: epoch 1, step 2, learning rate \S+; last good checkpoint: none yet; .*--lr", line)
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -128,8 +128,8 @@ def launch(*arguments):
 
 
 def wait_for(process, condition):
-    """Return as soon as `condition()` holds, within five minutes and while the process runs."""
-    deadline = time.monotonic() + 300
+    """Return as soon as `condition()` holds, within a quarter of an hour and while the process runs."""
+    deadline = time.monotonic() + 900
     while not condition():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline

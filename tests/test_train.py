@@ -88,7 +88,7 @@ def test_every_commented_line_runs_when_it_is_active(script, group, value, tmp_p
     active = commandline.read_lines(edited)[0]
     assert repr(active[group.lower()]).replace("'", '"') == value
     rounds = ["1", "1"] if script == "train_pruning.py" else ["1"]
-    size = ["4", "2"] if group == "MODEL" else ["64", "32"]
+    size = ["4", "2"] if group == "MODEL" else ["16", "8"]           # two steps
     load_script(edited, monkeypatch).main([*SHORT, "--epochs", *rounds, "--limit", size[0], "--batch-size", size[1],
                                            "--out", "run", *(["--sparsity", "0.7"] if len(rounds) > 1 else [])])
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
@@ -443,7 +443,7 @@ def test_pruning_run_leaves_nine_percent_in_every_file(tmp_path, monkeypatch, ca
     total = sum(weight.numel() for weight in pruning.prunable(model).values())
     left = total - round(0.7 * total)
     left -= round(0.7 * left)
-    assert pruning.sparsity_of(model) == 1 - left / total or round(pruning.sparsity_of(model) * total) == total - left
+    assert round(pruning.sparsity_of(model) * total) == total - left
     for name, mask in last["masks"].items():
         for weights in (state["weights"], last["weights"], last["average"]):
             assert bool((weights[name][~mask] == 0).all()), name

@@ -1,0 +1,231 @@
+"""A run: from flags to a network that is ready to train, and from there to files and back.
+
+    run = start(__file__, "what the script does", defaults, recipes, argv)
+    ...                                        # train.fit and pruning change it
+    save(run); finish(run)
+
+`Run` holds everything that a checkpoint holds; `state_of` and `restore` turn one
+into the other. Nothing here trains: the loop is `fit` in train.py.
+"""
+import copy
+import csv
+import io
+import json
+import math
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import cifar10
+import commandline
+import compiling
+import pruning
+import resnet_factorized
+
+
+@dataclass
+class Run:
+    """A run in progress: everything that a checkpoint holds, and where it trains."""
+
+    settings: dict
+    out: Path
+    device: torch.device
+    architecture: dict
+    model: torch.nn.Module
+    generator: torch.Generator
+    train: object
+    validation: object
+    masks: dict = field(default_factory=dict)
+    history: list = field(default_factory=list)
+    round: int = 0
+    epoch: int = 0
+    average: torch.nn.Module = None
+    optimizer: torch.optim.Optimizer = None
+    schedule: object = None
+    forward: object = None        # the model, or the model compiled
+
+
+# ---- before the first step
+
+def start(script, description, defaults, recipes, argv, more_flags=lambda parser: None):
+    """The run that flags and technique lines ask for, fresh or resumed; None after --dry-run.
+
+    Flags come over the recipe, the recipe over technique lines, lines over
+    `defaults`; a resumed run keeps what it was started with. recipes: {name: settings}.
+    """
+    lines, choices = commandline.read_lines(script)
+    parser = commandline.training_parser(description, choices, list(cifar10.KINDS))
+    more_flags(parser)
+    given, state = vars(parser.parse_args(argv)), None
+    if given.get("resume"):
+        given["out"] = str(given.get("out") or newest("last.pt").parent)
+        state = checkpoint.read(Path(given["out"]) / "last.pt")
+        if state["settings"]["script"] != Path(script).name:
+            raise ValueError(f"{given['out']} is a run of {state['settings']['script']}; that script resumes it")
+        settings = commandline.settings_to_resume(state, lines, given)
+    else:
+        recipe = recipes.get(given.get("recipe"), {})
+        settings = {**defaults, **lines, **recipe, **given, "lines": lines, "script": Path(script).name}
+    settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
+    commandline.check_settings(settings)
+    run = prepare(settings, state)
+    announce(run)
+    return None if settings["dry_run"] else run
+
+
+def newest(name, folder="runs"):
+    """The newest runs/<run>/<name>; FileNotFoundError where there is none."""
+    found = sorted(Path(folder).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"there is no {folder}/*/{name}; train first, or name one")
+    return found[-1]
+
+
+def prepare(settings, state):
+    """A `Run` with its data loaded and its network built; folder and data are checked before any training."""
+    out = Path(settings["out"] or f"runs/{settings['dataset']}-{settings['model']}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if state is None and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} holds another run; --resume continues it, another --out starts a new one")
+    settings["out"] = str(out)
+    device = commandline.pick_device(settings["device"])
+    data, kind = cifar10.load(settings["dataset"], settings["data"]), cifar10.KINDS[settings["dataset"]]
+    if not settings["dry_run"]:
+        cifar10.check_folder(out)
+        checkpoint.remove_partial(out)
+    torch.manual_seed(settings["seed"])
+    generator = torch.Generator(device).manual_seed(settings["seed"])
+    train, validation = make_batches(data, kind, settings, device, generator)
+    architecture = {"name": settings["model"], "groups": settings["groups"], "shuffle": settings["shuffle"],
+                    "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
+    model = resnet_factorized.build(**architecture).to(device)
+    if device.type == "cpu":
+        compiling.keep_freed_memory()
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+        model = model.to(memory_format=torch.channels_last)
+    run = Run(settings, out, device, architecture, model, generator, train, validation, forward=model)
+    if state is not None:
+        restore(run, state)
+    return run
+
+
+def make_batches(data, kind, settings, device, generator):
+    """Training and validation batches; the published recipe takes torchvision's transforms and a DataLoader."""
+    if settings["recipe"] == "published":
+        return cifar10.loaders(data, settings["dataset"], settings["batch_size"], limit=settings["limit"])[:2]
+    train, validation = cifar10.split(data, limit=settings["limit"])
+    return (cifar10.Batches(data.x_train, data.y_train, settings["batch_size"], kind, device, generator, chosen=train),
+            cifar10.Batches(data.x_train, data.y_train, 500, kind, device, chosen=validation))
+
+
+def announce(run):
+    """Compile where it pays, say what will run and for about how long, write config.json."""
+    settings = run.settings
+    height, width, channels = cifar10.KINDS[settings["dataset"]].shape
+    images = len(run.train) * settings["batch_size"]
+    run.forward, speed, note = compiling.choose_forward(
+        run.model, settings["compile"], sum(settings["epochs"]) * images,
+        (settings["batch_size"], channels, height, width), autocast(run.device), run.device)
+    seconds = sum(settings["epochs"]) * (images + 0.3 * len(run.validation) * 500) / speed
+    print(f"{settings['model']}, groups {settings['groups']}, on {settings['dataset']}: {images:,} images an epoch, "
+          f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}; {note}")
+    print(f"estimated time for all rounds: {seconds / 60:.1f} min at {speed:.0f} images/s; writes {run.out}",
+          flush=True)
+    if settings["dry_run"]:
+        print(json.dumps(settings, indent=1))
+    else:
+        write_config(run)
+
+
+def write_config(run):
+    """config.json: the resolved settings, the sources, the versions, the device."""
+    here = Path(__file__).resolve().parent
+    config = {"settings": run.settings, "architecture": run.architecture,
+              "device": commandline.device_name(run.device), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+              "source": {path.name: path.read_text() for path in sorted(here.glob("*.py"))}}
+    (run.out / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def begin_round(run):
+    """A fresh optimizer, schedule and weight average for the round that `run` stands at."""
+    settings, steps = run.settings, run.settings["epochs"][run.round] * len(run.train)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), settings["lr"], settings["momentum"],
+                                    weight_decay=settings["weight_decay"], nesterov=settings["nesterov"])
+    if settings["schedule"] == "plateau":
+        run.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer)
+    else:
+        shape = one_cycle if settings["schedule"] == "one-cycle" else warm_cosine
+        run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: shape(step / steps))
+    run.average = copy.deepcopy(run.model).eval() if settings["averaging"] == "ema" else None
+
+
+def one_cycle(progress, peak=0.25):
+    """Share of the largest learning rate after `progress` in [0, 1] of a round: up to `peak`, down to zero, linear."""
+    return min((progress + 1e-3) / peak, (1 - progress) / (1 - peak), 1.0)
+
+
+def warm_cosine(progress, warm=0.05):
+    """The same for a linear warm-up followed by half a cosine."""
+    return min((progress + 1e-3) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress - warm) / (1 - warm)))
+
+
+def autocast(device, enabled=True):
+    """bfloat16 on CUDA, float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and device.type == "cuda")
+
+
+# ---- files
+
+def state_of(run):
+    """Everything that continues `run` bit for bit, as plain types and tensors."""
+    return {**checkpoint.network_of(run.model, run.architecture), "settings": run.settings,
+            "masks": run.masks, "round": run.round, "epoch": run.epoch, "history": run.history,
+            "average": checkpoint.weights_of(run.average) if run.average is not None else None,
+            "optimizer": run.optimizer.state_dict(), "schedule": run.schedule.state_dict(),
+            "random": {"generator": run.generator.get_state(), "torch": torch.get_rng_state()}}
+
+
+def restore(run, state):
+    """Put a state of `state_of` back into a freshly prepared run."""
+    checkpoint.load_weights(run.model, run.architecture, state)
+    run.round, run.epoch, run.history = state["round"], state["epoch"], state["history"]
+    run.masks = {name: mask.to(run.device) for name, mask in state["masks"].items()}
+    begin_round(run)
+    if run.average is not None:
+        run.average.load_state_dict(state["average"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    run.generator.set_state(state["random"]["generator"])
+    torch.set_rng_state(state["random"]["torch"])
+
+
+def save(run):
+    """history.csv, then last.pt with the one before it kept as previous.pt."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, run.history[0])
+    writer.writeheader()
+    writer.writerows(run.history)
+    checkpoint.write(run.out / "history.csv", table.getvalue().encode())
+    checkpoint.save(run.out / "last.pt", state_of(run), run.out / "previous.pt")
+
+
+def finish(run):
+    """Write the result, runs/<name>/model.pt: the weights with their architecture."""
+    network = checkpoint.network_of(run.model, run.architecture)
+    checkpoint.save(run.out / "model.pt", {**network, "dataset": run.settings["dataset"]})
+    print(f"{run.out}/model.pt: {100 * pruning.sparsity_of(run.model):.2f} % zeros, validation accuracy "
+          f"{run.history[-1]['validation_accuracy']:.2f} %; next: python test.py --checkpoint {run.out}/model.pt")
+
+
+def hint(run):
+    """What to type to go on with an interrupted run."""
+    if not (run.out / "last.pt").exists():
+        return "nothing was saved before the first epoch's end"
+    return (f"{run.out}/last.pt holds {len(run.history)} whole epochs, go on with: "
+            f"python {run.settings['script']} --resume --out {run.out}")
