@@ -76,7 +76,11 @@ def replace_by_link(path, previous):
     try:
         os.link(path, spare)
     except OSError:                       # a file system without hard links
-        write_synced(spare, path.read_bytes())
+        try:
+            write_synced(spare, path.read_bytes())
+        except OSError:
+            spare.unlink(missing_ok=True)
+            raise
     os.replace(spare, previous)
 
 
@@ -103,7 +107,7 @@ def uninterrupted():
     finally:
         signal.signal(signal.SIGINT, handler)
     if pressed:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)       # to the handler that was there: it may ignore it
 
 
 def remove_partial(folder):
@@ -134,7 +138,10 @@ def read(path):
         raise ValueError(f"{path} is not a checkpoint of this project: it names no format")
     if state["format"] > FORMAT:
         raise ValueError(f"{path} has format {state['format']}; this version reads up to {FORMAT}: update the project")
-    return expand(state)
+    try:
+        return expand(state)
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as problem:
+        raise ValueError(f"{path} is damaged: its weights cannot be unpacked ({problem}){offer(path)}") from None
 
 
 def inflate(path, content):
@@ -161,8 +168,13 @@ def check_archive(path, content):
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             member = archive.testzip()
+            names = archive.namelist()
+            # torch writes no attributes, but reads a member that is flagged as a folder as zeros
+            member = member or next((info.filename for info in archive.infolist() if info.external_attr), None)
     except Exception as problem:          # zipfile reports damage in many types
         raise ValueError(f"{path} is damaged or truncated ({len(content):,} bytes): {problem}{offer(path)}") from None
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise ValueError(f"{path} is no checkpoint but another kind of archive")
     if member:
         raise ValueError(f"{path} is damaged in its member {member}{offer(path)}")
 
@@ -259,7 +271,8 @@ def resize(model, widths):
             fresh = nn.Linear(*width, bias=layer.bias is not None)
         else:
             fresh = nn.BatchNorm2d(*width)
-        model.set_submodule(name, fresh)
+        device, dtype = next(layer.parameters()).device, next(layer.parameters()).dtype
+        model.set_submodule(name, fresh.to(device, dtype).train(layer.training))
 
 
 # ---- compact files
@@ -277,13 +290,12 @@ def compact_bytes(network):
 
 
 def compact(weights):
-    """{name: tensor} in half precision; a tensor with zeros becomes its shape, a bitmask and its other values.
+    """{name: tensor} in half precision; a tensor with zeros, or of one magnitude, is packed (see `pack`).
 
     Raises ValueError with the tensors whose values half precision cannot hold.
     """
-    halves = to_half(weights)
-    return {name: pack(tensor) if tensor.is_floating_point() and bool((tensor == 0).any()) else tensor
-            for name, tensor in halves.items()}
+    return {name: pack(tensor) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+            for name, tensor in to_half(weights).items()}
 
 
 def to_half(weights):
@@ -303,24 +315,56 @@ def refuse_overflow(weights, dtype):
 
 
 def pack(tensor):
-    """One tensor as its shape, one bit an entry (packed, first entry highest) and the entries that are not zero."""
+    """A tensor as its shape and what is needed to rebuild it exactly.
+
+    kept: one bit an entry, where some are zero; positive and height: one bit an
+    entry that is not zero, where these have one magnitude; else values: themselves.
+    """
     kept = tensor != 0
-    bits = torch.from_numpy(np.packbits(kept.flatten().numpy()))
-    return {"shape": list(tensor.shape), "kept": bits, "values": tensor[kept]}
+    values = tensor[kept]
+    packed = {"shape": list(tensor.shape)}
+    if not bool(kept.all()):
+        packed["kept"] = pack_bits(kept)
+    if values.numel() > 1 and bool((values.abs() == values[0].abs()).all()):
+        return packed | {"height": values[0].abs(), "positive": pack_bits(values > 0)}
+    return packed | {"values": values}
 
 
 def unpack(packed):
-    """The tensor that `pack` took."""
-    count = math.prod(packed["shape"])
-    kept = torch.from_numpy(np.unpackbits(packed["kept"].numpy(), count=count).astype(bool))
-    tensor = torch.zeros(count, dtype=packed["values"].dtype)
-    tensor[kept] = packed["values"]
-    return tensor.view(packed["shape"])
+    """The tensor that `pack` took; ValueError where the counts of bits and values contradict each other."""
+    shape, count = packed["shape"], math.prod(packed["shape"])
+    kept = unpack_bits(packed["kept"], count) if "kept" in packed else torch.ones(count, dtype=torch.bool)
+    if "height" in packed:
+        height = packed["height"]
+        values = torch.where(unpack_bits(packed["positive"], int(kept.sum())), height, -height)
+    else:
+        values = packed["values"].flatten()
+    if len(values) != int(kept.sum()):
+        raise ValueError(f"{len(values)} values for {int(kept.sum())} places")
+    tensor = torch.zeros(count, dtype=values.dtype)
+    tensor[kept] = values
+    return tensor.view(shape)
+
+
+def pack_bits(flags):
+    """Bool tensor of any shape -> uint8 tensor, eight flags a byte, the first one highest."""
+    return torch.from_numpy(np.packbits(flags.flatten().numpy()))
+
+
+def unpack_bits(packed, count):
+    """The first `count` flags of `pack_bits`, as a bool tensor of one dimension; ValueError for other counts."""
+    if packed.dtype != torch.uint8 or packed.numel() != -(-count // 8):
+        raise ValueError(f"{packed.numel()} bytes of {packed.dtype} for {count} bits")
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool))
 
 
 def expand(state):
-    """A checkpoint with its packed tensors unpacked."""
+    """A checkpoint with its packed tensors unpacked; ValueError where its weights are no tensors."""
     if "weights" not in state:
         return state
-    return {**state, "weights": {name: unpack(tensor) if isinstance(tensor, dict) else tensor
-                                 for name, tensor in state["weights"].items()}}
+    weights = {name: unpack(tensor) if isinstance(tensor, dict) else tensor
+               for name, tensor in state["weights"].items()}
+    wrong = [name for name, tensor in weights.items() if not isinstance(tensor, torch.Tensor)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is no tensor")
+    return {**state, "weights": weights}

@@ -309,6 +309,9 @@ def loaders(data, dataset, batch_size=32, workers=0, limit=None):
     mirrored = [transforms.RandomHorizontalFlip()] if kind.flip else []
     train, validation = split(data, limit=limit)
     plain, moved = transforms.Compose(plain), transforms.Compose(moved + mirrored + plain)
+    if batch_size > len(train):
+        raise ValueError(f"batch size {batch_size} is larger than the {len(train):,} training images; "
+                         f"at most {len(train):,} fits")
     sets = (Split(data.x_train, data.y_train, moved, train), Split(data.x_train, data.y_train, plain, validation),
             Split(data.x_test[:limit], data.y_test[:limit], plain))
     return tuple(torch.utils.data.DataLoader(images, batch_size, shuffle=images is sets[0],

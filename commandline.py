@@ -17,7 +17,9 @@ import torch
 FREE = {"data", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
 BOUNDS = {"batch_size": (1, math.inf), "limit": (2, math.inf), "lr": (1e-12, math.inf), "momentum": (0, 1),
           "weight_decay": (0, math.inf), "label_smoothing": (0, 1), "mix_probability": (0, 1),
-          "ema_decay": (0, 1), "minimum_density": (0, 1), "seed": (0, 2**63 - 1)}
+          "mix_alpha": (0, math.inf),
+          "ema_decay": (0, 1), "minimum_density": (0, 1), "prune_begin": (0, 1), "prune_end": (0, 1),
+          "prune_frequency": (1, math.inf), "seed": (0, 2**63 - 1)}
 
 
 def read_lines(path):
@@ -28,7 +30,7 @@ def read_lines(path):
     """
     block = Path(path).read_text().split("# ---- techniques", 1)[1].split("\n\n", 1)[0]
     active, choices = {}, {}
-    for comment, group, value in re.findall(r"^(# )?([A-Z]+) = (\S+)", block, re.MULTILINE):
+    for comment, group, value in re.findall(r"^(# *)?([A-Z]+) = (\S+)", block, re.MULTILINE):
         choices.setdefault(group, []).append(ast.literal_eval(value))
         active.setdefault(group, []).extend([] if comment else [ast.literal_eval(value)])
     for group, values in active.items():
@@ -62,6 +64,7 @@ def training_parser(description, choices, datasets):
         parser.add_argument("--" + name, type=int, help=what)
     for name in ("lr", "momentum", "weight-decay", "label-smoothing", "mix-probability", "mix-alpha", "ema-decay"):
         parser.add_argument("--" + name, type=float)
+    parser.add_argument("--binary-scale", choices=["one", "glorot"], help="H of binary weights")
     parser.add_argument("--compile", choices=["auto", "on", "off"], help="auto: where it pays and a compiler is there")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--out", help="folder of the run (runs/<data set>-<model>-<time>)")
@@ -82,7 +85,14 @@ def check_settings(settings):
     epochs, sparsity = settings["epochs"], settings["sparsity"]
     if not epochs or min(epochs) < 1:
         raise ValueError(f"--epochs {' '.join(map(str, epochs))}: each round needs at least 1")
-    if len(epochs) != len(sparsity) + 1:
+    if settings["pruning"] in ("polynomial", "constant"):
+        if len(epochs) != 1 or len(sparsity) != 1:
+            raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: gradual pruning takes one of each, "
+                             "or as many as the rounds do, which it adds up")
+        if settings["prune_end"] <= settings["prune_begin"]:
+            raise ValueError(f"--prune-end {settings['prune_end']} must come after --prune-begin "
+                             f"{settings['prune_begin']}")
+    elif len(epochs) != len(sparsity) + 1:
         raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: pruning comes between two rounds, "
                          "so there must be one more number of epochs than of sparsities")
 

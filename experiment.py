@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import commandline
 import compiling
 import pruning
 import resnet_factorized
+from set_quantization_train import evaluation_weights
 
 
 @dataclass
@@ -65,6 +67,9 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
     if given.get("resume"):
         given["out"] = str(given.get("out") or newest("last.pt").parent)
         state = checkpoint.read(Path(given["out"]) / "last.pt")
+        if not {"settings", "optimizer", "schedule", "random"} <= state.keys():
+            raise ValueError(f"{given['out']}/last.pt holds a network alone, not the state of a run: "
+                             "it cannot be resumed")
         if state["settings"]["script"] != Path(script).name:
             raise ValueError(f"{given['out']} is a run of {state['settings']['script']}; that script resumes it")
         settings = commandline.settings_to_resume(state, lines, given)
@@ -72,6 +77,9 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
         recipe = recipes.get(given.get("recipe"), {})
         settings = {**defaults, **lines, **recipe, **given, "lines": lines, "script": Path(script).name}
     settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
+    if settings["pruning"] in ("polynomial", "constant") and len(settings["sparsity"]) > 1:
+        settings["epochs"] = [sum(settings["epochs"])]
+        settings["sparsity"] = [1 - math.prod(1 - share for share in settings["sparsity"])]
     commandline.check_settings(settings)
     run = prepare(settings, state)
     announce(run)
@@ -90,7 +98,8 @@ def prepare(settings, state):
     """A `Run` with its data loaded and its network built; folder and data are checked before any training."""
     out = Path(settings["out"] or f"runs/{settings['dataset']}-{settings['model']}-{time.strftime('%Y%m%d-%H%M%S')}")
     if state is None and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} holds another run; --resume continues it, another --out starts a new one")
+        way = "--resume continues it" if (out / "last.pt").exists() else "it has no checkpoint yet: delete it"
+        raise ValueError(f"{out} holds another run; {way}, another --out starts a new one")
     settings["out"] = str(out)
     device = commandline.pick_device(settings["device"])
     data, kind = cifar10.load(settings["dataset"], settings["data"]), cifar10.KINDS[settings["dataset"]]
@@ -149,7 +158,10 @@ def write_config(run):
               "device": commandline.device_name(run.device), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "source": {path.name: path.read_text() for path in sorted(here.glob("*.py"))}}
-    (run.out / "config.json").write_text(json.dumps(config, indent=1))
+    if (run.out / "config.json").exists():
+        first = json.loads((run.out / "config.json").read_text())
+        config |= {"started": first.get("started"), "resumed": [*first.get("resumed", []), config["started"]]}
+    checkpoint.write(run.out / "config.json", json.dumps(config, indent=1).encode())
 
 
 def begin_round(run):
@@ -197,12 +209,25 @@ def restore(run, state):
     run.round, run.epoch, run.history = state["round"], state["epoch"], state["history"]
     run.masks = {name: mask.to(run.device) for name, mask in state["masks"].items()}
     begin_round(run)
-    if run.average is not None:
+    if run.average is not None and state["average"] is not None:
         run.average.load_state_dict(state["average"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
+    if run.settings.get("force"):
+        force_settings(run, state["settings"])
     run.generator.set_state(state["random"]["generator"])
     torch.set_rng_state(state["random"]["torch"])
+
+
+def force_settings(run, before):
+    """Give a restored optimizer and schedule the settings that --force accepted in place of those `before`."""
+    settings = run.settings
+    for group in run.optimizer.param_groups:
+        group["lr"] *= settings["lr"] / before["lr"]
+        group["initial_lr"] = settings["lr"]
+        group |= {name: settings[name] for name in ("momentum", "weight_decay", "nesterov")}
+    if hasattr(run.schedule, "base_lrs"):
+        run.schedule.base_lrs = [settings["lr"]] * len(run.optimizer.param_groups)
 
 
 def save(run):
@@ -217,15 +242,20 @@ def save(run):
 
 def finish(run):
     """Write the result, runs/<name>/model.pt: the weights with their architecture."""
-    network = checkpoint.network_of(run.model, run.architecture)
+    with evaluation_weights(run.model, run.settings["weights"], run.settings["binary_scale"], run.masks):
+        network = checkpoint.network_of(run.model, run.architecture)
     checkpoint.save(run.out / "model.pt", {**network, "dataset": run.settings["dataset"]})
     print(f"{run.out}/model.pt: {100 * pruning.sparsity_of(run.model):.2f} % zeros, validation accuracy "
           f"{run.history[-1]['validation_accuracy']:.2f} %; next: python test.py --checkpoint {run.out}/model.pt")
 
 
-def hint(run):
-    """What to type to go on with an interrupted run."""
-    if not (run.out / "last.pt").exists():
-        return "nothing was saved before the first epoch's end"
-    return (f"{run.out}/last.pt holds {len(run.history)} whole epochs, go on with: "
-            f"python {run.settings['script']} --resume --out {run.out}")
+@contextmanager
+def resumable(run):
+    """A block in which Ctrl-C says which checkpoint continues the run, and with which command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (run.out / "last.pt").exists():
+            raise KeyboardInterrupt("nothing was saved before the first epoch's end") from None
+        raise KeyboardInterrupt(f"{run.out}/last.pt holds {len(run.history)} whole epochs, go on with: python "
+                                f"{run.settings['script']} --resume --out {run.out}") from None

@@ -58,9 +58,12 @@ def row_of(name, layer, specific, output):
     weights = layer.weight.numel() if prunable else 0
     zeros = int((layer.weight == 0).sum()) if prunable else 0
     parameters = sum(tensor.numel() for tensor in layer.parameters(recurse=False))
+    magnitudes = layer.weight[layer.weight != 0].abs() if prunable else torch.empty(0)
+    binary = len(magnitudes) > 1 and bool((magnitudes == magnitudes[0]).all())
     row = {"name": name, "kind": type(layer).__name__, "output": tuple(output.shape[1:]), "parameters": parameters,
            "nonzero": parameters - zeros, "weights": weights, "zero_weights": zeros,
-           "sparsity": zeros / weights if weights else 0.0, "macs": 0, "multiplies": 0.0, "adds": 0.0, **specific}
+           "binary": binary, "sparsity": zeros / weights if weights else 0.0,
+           "macs": 0, "multiplies": 0.0, "adds": 0.0, **specific}
     row["nominal_macs"] = round(row["macs"] * (1 - row["sparsity"]))
     return row
 
@@ -97,6 +100,7 @@ def pool_row(layer, output):
 def totals_of(rows, weight_bits=16, activation_bits=16, dataset="cifar10"):
     """All totals and scores as one dictionary.
 
+    Weights of one magnitude (-H, 0, +H) count at one bit, all else at `weight_bits`.
     Reductions are against dense ResNet-18 with 10 classes. score_course: nonzero
     q_w/32 / 5.6e6 + MACs max(q_w, q_a)/32 / 2.8e8 (Efficient Deep Learning, IMT
     Atlantique). score_profiler: its earlier form, with grouped operations counted
@@ -105,15 +109,17 @@ def totals_of(rows, weight_bits=16, activation_bits=16, dataset="cifar10"):
     """
     total = {name: sum(row[name] for row in rows)
              for name in ("parameters", "nonzero", "weights", "zero_weights", "macs", "nominal_macs")}
-    fewer = 32 / weight_bits
-    operations = sum(row["multiplies"] / fewer + row["adds"] for row in rows)
-    storage = sum(stored_bits(row, weight_bits) for row in rows) / 8
-    course = (total["nonzero"] * weight_bits / 32 / 5.6e6,
-              total["macs"] * max(weight_bits, activation_bits) / 32 / 2.8e8)
-    profiler = (total["nonzero"] / fewer / PROFILER_PARAMETERS, operations / PROFILER_OPERATIONS)
+    bits = [1 if row["binary"] else weight_bits for row in rows]
+    value_bits = sum(values_bits(row, weight_bits) for row in rows)
+    storage = (value_bits + sum(row["weights"] for row in rows if row["zero_weights"])) / 8
+    operations = sum(row["multiplies"] * each / 32 + row["adds"] for row, each in zip(rows, bits, strict=True))
+    mac_bits = sum(row["macs"] * max(each, activation_bits) for row, each in zip(rows, bits, strict=True))
+    course = value_bits / 32 / 5.6e6, mac_bits / 32 / 2.8e8
+    profiler = value_bits / 32 / PROFILER_PARAMETERS, operations / PROFILER_OPERATIONS
     micronet = (storage / (4 * WRN_PARAMETERS), total["macs"] / WRN_MACS)
     result = {"parameters": total["parameters"], "nonzero": total["nonzero"],
-              "sparsity": total["zero_weights"] / total["weights"], "macs": total["macs"],
+              "sparsity": total["zero_weights"] / total["weights"],
+              "binary_weights": sum(row["weights"] for row in rows if row["binary"]), "macs": total["macs"],
               "nominal_macs": total["nominal_macs"], "weight_bits": weight_bits, "activation_bits": activation_bits,
               "parameters_removed": 1 - total["nonzero"] / DENSE_PARAMETERS,
               "macs_removed": 1 - total["macs"] / DENSE_MACS,
@@ -126,9 +132,10 @@ def totals_of(rows, weight_bits=16, activation_bits=16, dataset="cifar10"):
     return result
 
 
-def stored_bits(row, bits):
-    """Bits of one layer's parameters: a layer with zeros is stored as a bitmask and its other values."""
-    return row["nonzero"] * bits + (row["weights"] if row["zero_weights"] else 0)
+def values_bits(row, bits):
+    """Bits of one layer's values that are not zero: one each where the weights are binary, their biases at `bits`."""
+    left = row["weights"] - row["zero_weights"]
+    return left * (1 if row["binary"] else bits) + (row["parameters"] - row["weights"]) * bits
 
 
 def print_table(rows, totals):
@@ -139,6 +146,7 @@ def print_table(rows, totals):
             print(f"{row['name']:28}{row['parameters']:12,}{row['parameters'] / totals['parameters']:7.1%}"
                   f"{row['nonzero']:11,}{row['sparsity']:10.2%}{row['macs']:14,}{row['macs'] / totals['macs']:7.1%}")
     bits = f"{totals['weight_bits']}-bit weights, {totals['activation_bits']}-bit activations"
+    bits += f", {totals['binary_weights']:,} weights of one bit" if totals["binary_weights"] else ""
     first, second = totals["score_course_terms"], totals["score_profiler_terms"]
     print(f"""
                               dense ResNet-18       this network    removed

@@ -41,43 +41,60 @@ def check_sparsity(value):
     return float(value)
 
 
-def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=()):
-    """Keep the weights of largest magnitude, ranked over the whole network.
+def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=(), score="l1", of="remaining"):
+    """Keep the weights of largest score, ranked over the whole network.
 
     sparsity: the fraction to remove of the weights that `masks` still keeps, so
-    that rounds compound (0.7 twice leaves 9 %). minimum_density: the share of
-    each layer that is kept whatever its magnitudes, at least one weight, so that
-    no layer is emptied. Returns {name: bool tensor of the weight's shape}; the
-    model is not changed. Counts are exact under ties. Raises ValueError for a
-    sparsity outside [0, 1), weights that are not finite, or densities that
-    cannot be held.
+    that rounds compound (0.7 twice leaves 9 %), or with of="all" the fraction of
+    all weights that are then removed. minimum_density: the share of each layer
+    that is kept whatever its scores, at least one weight, so that no layer is
+    emptied. score: "l1" (magnitude) or "lamp" (see `lamp_scores`). Returns {name:
+    bool tensor of the weight's shape}; the model is not changed. Counts are exact
+    under ties. Raises ValueError for a sparsity outside [0, 1), weights that are
+    not finite, or densities that cannot be held.
     """
     sparsity = check_sparsity(sparsity)
     weights = prunable(model, exclude)
     refuse_nonfinite(weights)
     masks = masks or {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     remaining = sum(int(masks[name].sum()) for name in weights)
+    whole = sum(weight.numel() for weight in weights.values())
+    removed = round(sparsity * remaining) if of == "remaining" else max(0, round(sparsity * whole) - whole + remaining)
     protected = {name: floor_of(weight, masks[name], minimum_density) for name, weight in weights.items()}
     held = sum(int(mask.sum()) for mask in protected.values())
-    removed = round(sparsity * remaining)
     if remaining - removed < held:
         raise ValueError(f"sparsity {sparsity} leaves {remaining - removed:,} weights, but a minimum density of "
                          f"{minimum_density} by layer holds {held:,}; lower one of them")
-    return ranked(weights, masks, protected, removed)
+    scores = {name: lamp_scores(weight) if score == "lamp" else weight.detach().abs()
+              for name, weight in weights.items()}
+    return ranked(scores, masks, protected, removed)
 
 
-def ranked(weights, masks, protected, removed):
-    """The masks after `removed` more weights, the smallest that are not protected, are taken out."""
-    holders, scores = {}, {}
-    for name, weight in weights.items():
+def ranked(scores, masks, protected, removed):
+    """The masks after `removed` more weights, those of the smallest scores that are not protected, are taken out."""
+    holders, importance = {}, {}
+    for name, score in scores.items():
         holder = nn.Module()
-        holder.weight = nn.Parameter(weight.detach().clone())
+        holder.weight = nn.Parameter(score.clone())
         prune.custom_from_mask(holder, "weight", masks[name])
         holders[name] = holder
-        scores[holder, "weight"] = weight.detach().abs().masked_fill(protected[name], math.inf)
+        importance[holder, "weight"] = score.masked_fill(protected[name], math.inf)
     prune.global_unstructured([(holder, "weight") for holder in holders.values()], prune.L1Unstructured,
-                              importance_scores=scores, amount=removed)
+                              importance_scores=importance, amount=removed)
     return {name: holder.weight_mask.bool() for name, holder in holders.items()}
+
+
+def lamp_scores(weight):
+    """Layer-adaptive magnitudes, of the shape of `weight`: w_u^2 over the sum of w_v^2 of all v not smaller than u.
+
+    Lee et al. 2021 (arXiv:2010.07611), equation 4: the largest weight of each
+    layer scores 1, and thin layers are spared without settings.
+    """
+    squares, order = weight.detach().double().flatten().square().sort()
+    tails = squares.flip(0).cumsum(0).flip(0)
+    scores = torch.empty_like(squares)
+    scores[order] = squares / tails.clamp_min(torch.finfo(squares.dtype).tiny)
+    return scores.view_as(weight)
 
 
 def floor_of(weight, mask, density):
@@ -124,3 +141,46 @@ def sparsity_of(model, exclude=()):
     """The fraction of exact zeros among the convolution and linear weights."""
     weights = prunable(model, exclude).values()
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+# ---- sparsity over time: which sparsity a step asks for, or None where it does not prune
+
+def constant_schedule(step, sparsity, begin, end, frequency):
+    """`sparsity` at step `begin`, every `frequency` steps after it, and at `end`; else None."""
+    check_schedule([sparsity], begin, end, frequency)
+    return sparsity if fires(step, begin, end, frequency) else None
+
+
+def polynomial_schedule(step, initial, final, begin, end, frequency):
+    """final + (initial - final) (1 - p)^3 with p = (step - begin) / (end - begin), when it fires; else None.
+
+    Zhu and Gupta 2017 (arXiv:1710.01878), equation 1. It fires at `begin`, every
+    `frequency` steps after it, and at `end`, where it gives `final` exactly.
+    """
+    check_schedule([initial, final], begin, end, frequency)
+    if not fires(step, begin, end, frequency):
+        return None
+    return final + (initial - final) * (1 - (step - begin) / (end - begin)) ** 3
+
+
+def fires(step, begin, end, frequency):
+    """Whether a schedule prunes at `step`."""
+    return begin <= step <= end and ((step - begin) % frequency == 0 or step == end)
+
+
+def check_schedule(sparsities, begin, end, frequency):
+    """ValueError unless 0 <= s < 1, begin >= 0, end > begin and frequency > 0."""
+    for sparsity in sparsities:
+        check_sparsity(sparsity)
+    if begin < 0 or end <= begin or frequency <= 0:
+        raise ValueError(f"a pruning schedule from step {begin} to {end} every {frequency} steps: "
+                         "begin must be at least 0, end after it, and the frequency at least 1")
+
+
+def recalibrate(model, batches):
+    """Recompute batch norm's running statistics as plain averages over `batches` of images, in place.
+
+    After pruning the activations have other means and variances than the running
+    ones. batches: an iterable of (N, C, H, W), or of tuples that begin with it.
+    """
+    torch.optim.swa_utils.update_bn(batches, model)

@@ -8,6 +8,8 @@ probabilities, so that label smoothing and distillation compose with it.
 """
 import torch
 
+from draws import draw_shares
+
 
 def cutmix(images, targets, generator, alpha=1.0, probability=1.0, per_sample=False):
     """Mix a batch with a permutation of itself; the arguments are not written to.
@@ -21,21 +23,11 @@ def cutmix(images, targets, generator, alpha=1.0, probability=1.0, per_sample=Fa
         return images, targets
     count, (height, width) = len(images), images.shape[-2:]
     draws = count if per_sample else 1
-
-    def uniform():
-        return torch.rand(draws, generator=generator, device=images.device)
     partner = torch.randperm(count, generator=generator, device=images.device)
-    share = draw_beta(alpha, draws, generator, images.device)
-    share = torch.where(uniform() < probability, share, torch.ones_like(share))
-    rows, columns = (uniform() * height).long(), (uniform() * width).long()
+    share = draw_shares(alpha, probability, draws, generator, images.device)
+    rows = (torch.rand(draws, generator=generator, device=images.device) * height).long()
+    columns = (torch.rand(draws, generator=generator, device=images.device) * width).long()
     return paste(images, targets, partner, share, rows, columns)
-
-
-def draw_beta(alpha, count, generator, device):
-    """(count,) draws of Beta(alpha, alpha), as the ratio of two gamma draws."""
-    # torch.distributions takes no generator; this is the sampler beneath it, which does
-    gamma = torch._standard_gamma(torch.full((2, count), float(alpha), device=device), generator=generator)
-    return gamma[0] / gamma.sum(0).clamp_min(torch.finfo(gamma.dtype).tiny)
 
 
 def paste(images, targets, partner, share, rows, columns):

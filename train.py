@@ -16,8 +16,10 @@ import checkpoint
 import commandline
 import pruning
 import resnet_factorized
-from experiment import autocast, begin_round, finish, hint, newest, save, start
+from experiment import autocast, begin_round, finish, newest, resumable, save, start
 from set_cutmix_train import cutmix
+from set_mixup_train import mixup
+from set_quantization_train import after_step, evaluation_weights, step_weights
 
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
@@ -31,7 +33,11 @@ GROUPS = 8                    # factorized: an eighth of the parameters and MACs
 SHUFFLE = True                # interleave the groups' channels, free, arXiv:1707.01083
 # SHUFFLE = False
 MIXING = "cutmix"             # two images share one picture, arXiv:1905.04899
+# MIXING = "mixup"            # two images averaged, arXiv:1710.09412
 # MIXING = "none"
+WEIGHTS = "float"
+# WEIGHTS = "binary"          # -H or +H, by sign, arXiv:1511.00363
+# WEIGHTS = "binary-stochastic"  # -H or +H, drawn
 SCHEDULE = "one-cycle"        # up for a quarter, down to zero, arXiv:1708.07120
 # SCHEDULE = "cosine"         # short warm-up, then half a cosine, arXiv:1608.03983
 # SCHEDULE = "plateau"        # a tenth when the validation loss stalls
@@ -39,17 +45,20 @@ AVERAGING = "ema"             # exponential moving average of the weights
 # AVERAGING = "none"
 
 DEFAULTS = {
-    "dataset": "cifar10", "data": "data", "epochs": [30], "sparsity": [], "minimum_density": 0.01,
+    "dataset": "cifar10", "data": "data", "epochs": [30], "sparsity": [],
+    "pruning": "none", "score": "l1", "minimum_density": 0.01, "prune_begin": 0.1, "prune_end": 0.6,
+    "prune_frequency": 100,
     "batch_size": 64, "lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
-    "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "ema_decay": 0.998,
+    "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "ema_decay": 0.998, "binary_scale": "one",
     "recipe": "ours", "compile": "auto", "device": "auto", "seed": 0, "limit": None,
     "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
 }
 RECIPES = {"published": {    # the run that this project started from; measure() has its four passes an epoch
     "shuffle": False, "mixing": "cutmix", "mix_probability": 1.0, "schedule": "plateau", "averaging": "none",
     "batch_size": 32, "lr": 0.01, "momentum": 0.5, "nesterov": False, "weight_decay": 1e-5,
-    "label_smoothing": 0.0, "compile": "off",
+    "label_smoothing": 0.0, "weights": "float", "compile": "off",
 }}
+MIXINGS = {"cutmix": cutmix, "mixup": mixup}
 SHIPPED = Path(__file__).resolve().parent / "pretrained" / "resnet18_groups8_cifar10.pt.gz"
 
 
@@ -59,7 +68,7 @@ def fit(run):
     """Train the current round to its end, from wherever `run` stands; a checkpoint at each epoch's end.
 
     Raises RuntimeError for a loss or gradient that is not finite (no update, no
-    save) and for memory that runs out; KeyboardInterrupt says how to resume.
+    save) and for memory that runs out.
     """
     from tqdm import tqdm
     if run.optimizer is None:
@@ -73,8 +82,6 @@ def fit(run):
                 row = run_epoch(run, bar)
                 if bar.disable:
                     print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(hint(run)) from None
     except RuntimeError as problem:
         if "out of memory" in str(problem) or "can't allocate memory" in str(problem):
             raise RuntimeError(f"out of memory with --batch-size {run.settings['batch_size']}; "
@@ -92,15 +99,17 @@ def run_epoch(run, bar):
     validation_loss, validation_accuracy = measure(run)
     if run.settings["schedule"] == "plateau":
         run.schedule.step(validation_loss)
-    run.epoch += 1
+    refuse_nonfinite_state(run, validation_loss)
     row = {"round": run.round + 1, "epoch": len(run.history) + 1, "lr": round(rate, 6),
            "train_loss": round(loss, 4), "train_accuracy": round(accuracy, 2),
            "validation_loss": round(validation_loss, 4), "validation_accuracy": round(validation_accuracy, 2),
            "sparsity": round(pruning.sparsity_of(run.model), 5),
            "images_per_second": round(len(run.train) * run.settings["batch_size"] / trained, 1),
            "seconds": round(time.perf_counter() - begun, 1)}
-    run.history.append(row)
-    save(run)
+    with checkpoint.uninterrupted():      # what is counted as done is on disk
+        run.epoch += 1
+        run.history.append(row)
+        save(run)
     return row
 
 
@@ -113,6 +122,8 @@ def train_epoch(run, bar):
         if run.device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
         loss, correct = train_step(run, images, labels, step)
+        if run.settings["pruning"] in ("polynomial", "constant"):
+            prune_on_schedule(run, run.epoch * len(run.train) + step)
         totals += torch.stack([loss * len(images), correct])
         seen += len(images)
         bar.update(len(images))
@@ -126,16 +137,19 @@ def train_step(run, images, labels, step):
     """Mix, forward, backward, update, mask, average. Returns the loss and the number of right answers, on device."""
     settings = run.settings
     targets = F.one_hot(labels, run.architecture["num_classes"]).to(images.dtype)
-    if settings["mixing"] == "cutmix":
-        images, targets = cutmix(images, targets, run.generator, settings["mix_alpha"], settings["mix_probability"])
-    with autocast(run.device):
-        logits = run.forward(images)
-    loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["label_smoothing"])
+    if settings["mixing"] != "none":
+        images, targets = MIXINGS[settings["mixing"]](images, targets, run.generator, settings["mix_alpha"],
+                                                      settings["mix_probability"])
     run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    with step_weights(run.model, settings["weights"], settings["binary_scale"], run.generator, run.masks):
+        with autocast(run.device):
+            logits = run.forward(images)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["label_smoothing"])
+        loss.backward()
     pruning.mask_gradients(run.model, run.masks)
     refuse_nonfinite(run, loss, step)
     run.optimizer.step()
+    after_step(run.model, settings["weights"], settings["binary_scale"])
     pruning.apply_masks(run.model, run.masks)
     if settings["schedule"] != "plateau":
         run.schedule.step()
@@ -144,14 +158,42 @@ def train_step(run, images, labels, step):
     return loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum().float()
 
 
+def prune_on_schedule(run, step):
+    """Gradual pruning: where the schedule fires after `step`, new masks for the network and its average."""
+    settings = run.settings
+    steps, (sparsity,) = settings["epochs"][run.round] * len(run.train), settings["sparsity"]
+    when = round(settings["prune_begin"] * steps), round(settings["prune_end"] * steps), settings["prune_frequency"]
+    wanted = (pruning.constant_schedule(step, sparsity, *when) if settings["pruning"] == "constant"
+              else pruning.polynomial_schedule(step, 0.0, sparsity, *when))
+    if wanted is None:
+        return
+    run.masks = pruning.global_masks(run.model, wanted, run.masks, settings["minimum_density"],
+                                     score=settings["score"], of="all")
+    for model in (run.model, run.average)[:1 if run.average is None else 2]:
+        pruning.apply_masks(model, run.masks)
+
+
 def refuse_nonfinite(run, loss, step):
     """RuntimeError before the update where the loss or a gradient is NaN or infinite."""
     gradients = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
     if not torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients)):
-        last = run.out / "last.pt"
-        raise RuntimeError(f"loss {loss.item():.3g} or its gradient is not finite: epoch {len(run.history) + 1}, "
-                           f"step {step + 1}, learning rate {run.optimizer.param_groups[0]['lr']:.4g}; last good "
-                           f"checkpoint: {last if last.exists() else 'none yet'}; try a smaller --lr")
+        raise RuntimeError(diverged(run, f"loss {loss.item():.3g} or its gradient is not finite", f"step {step + 1}"))
+
+
+def refuse_nonfinite_state(run, validation_loss):
+    """RuntimeError before an epoch is saved whose validation loss, weights or buffers are NaN or infinite."""
+    models = [model for model in (run.model, run.average) if model is not None]
+    tensors = [tensor for model in models for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    if not torch.isfinite(torch.nn.utils.get_total_norm(tensors, norm_type=float("inf")) + validation_loss):
+        raise RuntimeError(diverged(run, f"validation loss {validation_loss:.3g} or a weight is not finite",
+                                    f"step {len(run.train)}"))
+
+
+def diverged(run, what, step):
+    """The message for a run that left the finite numbers."""
+    last = run.out / "last.pt"
+    return (f"{what}: epoch {len(run.history) + 1}, {step}, learning rate {run.optimizer.param_groups[0]['lr']:.4g}; "
+            f"last good checkpoint: {last if last.exists() else 'none yet'}; try a smaller --lr")
 
 
 @torch.no_grad()
@@ -174,7 +216,9 @@ def measure(run):
     if run.settings["recipe"] == "published":
         evaluate(run.model, run.train, run.device)
         return evaluate(run.model, run.validation, run.device)[0], evaluate(run.model, run.validation, run.device)[1]
-    return evaluate(run.model if run.average is None else run.average, run.validation, run.device)
+    model = run.model if run.average is None else run.average
+    with evaluation_weights(model, run.settings["weights"], run.settings["binary_scale"], run.masks):
+        return evaluate(model, run.validation, run.device)
 
 
 def evaluate(model, batches, device):
@@ -233,8 +277,9 @@ def main(argv):
     """One round, no pruning."""
     run = start(__file__, __doc__.splitlines()[0], DEFAULTS, RECIPES, argv)
     if run is not None:
-        fit(run)
-        finish(run)
+        with resumable(run):
+            fit(run)
+            finish(run)
 
 
 if __name__ == "__main__":

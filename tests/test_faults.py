@@ -15,6 +15,7 @@ import torch
 
 import checkpoint
 import commandline
+import experiment
 import train
 import train_pruning
 
@@ -249,7 +250,7 @@ def test_two_active_lines_or_none_name_the_group_and_its_choices(tmp_path, scrip
 def test_a_line_commented_without_a_space_is_still_a_choice(tmp_path):
     """As many editors comment a line."""
     script = edited(tmp_path, "train.py", ("^MIXING = ", "#MIXING = "), ("^# MIXING = ", "#MIXING = "))
-    with pytest.raises(ValueError, match="train.py has 0 active MIXING lines.*'cutmix', 'none'"):
+    with pytest.raises(ValueError, match="train.py has 0 active MIXING lines.*'cutmix', 'mixup', 'none'"):
         commandline.read_lines(script)
 
 
@@ -264,7 +265,8 @@ def test_two_active_lines_from_the_shell(tmp_path):
 
 def start(out, *flags):
     """A run of train.py, about to train."""
-    return train.start(train.__file__, "", {}, [*SMALL, "--out", str(out), *map(str, flags)])
+    return experiment.start(train.__file__, "", train.DEFAULTS, train.RECIPES,
+                            [*SMALL, "--out", str(out), *map(str, flags)])
 
 
 def test_diverging_validation_is_not_saved(shell, tmp_path):
@@ -294,7 +296,7 @@ def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkey
     monkeypatch.setattr(train, "save", save_then_poison)
     with pytest.raises(RuntimeError) as problem:
         train.fit(run)
-    rate = 0.125 * train.one_cycle(1 / 2)
+    rate = 0.125 * experiment.one_cycle(1 / 2)
     assert f"not finite: epoch 2, step 1, learning rate {rate:.4g}; last good checkpoint: {run.out}/last.pt" in str(
         problem.value)
     assert poisoned.pop("files") == {path.name: path.read_bytes() for path in run.out.iterdir()}
@@ -323,7 +325,7 @@ def test_out_of_memory_suggests_half_the_batch(shell, tmp_path, monkeypatch, mes
     assert code == 1 and line == "out of memory with --batch-size 32; try 16"
 
 
-@pytest.mark.parametrize("name", ["last.pt.partial", "history.csv"])
+@pytest.mark.parametrize("name", ["last.pt.partial", "history.csv.partial"])
 def test_disk_that_fills_up_while_training(shell, tmp_path, monkeypatch, name):
     """The second save finds the disk full; the checkpoint of the first is whole."""
     real = train.save

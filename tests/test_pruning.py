@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
+import experiment
 import pruning
 import train
 
@@ -328,9 +329,9 @@ def test_dropped_weights_stay_exactly_zero_through_fifty_steps_and_the_average(t
     batches = [(torch.randn(8, 3, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator))] * 50
     options = {**train.DEFAULTS, "epochs": [1], "mixing": "cutmix", "schedule": "one-cycle", "averaging": "ema",
                "lr": 0.1, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 1e-2, "ema_decay": 0.9}
-    run = train.Run(options, tmp_path, torch.device("cpu"), {"num_classes": 10}, model, generator, batches, None,
-                    forward=model)
-    train.begin_round(run)
+    run = experiment.Run(options, tmp_path, torch.device("cpu"), {"num_classes": 10}, model, generator, batches, None,
+                         forward=model)
+    experiment.begin_round(run)
     for step, (images, labels) in enumerate(batches[:5]):            # momentum of weights that are dropped later
         train.train_step(run, images, labels, step)
     run.masks = pruning.global_masks(model, 0.8)
@@ -345,3 +346,19 @@ def test_dropped_weights_stay_exactly_zero_through_fifty_steps_and_the_average(t
     assert pruning.sparsity_of(model) == pruning.sparsity_of(run.average) == round(0.8 * TOTAL) / TOTAL
     for name, mask in run.masks.items():
         assert bool((model.get_parameter(name)[mask] != start[name][mask]).all())      # the others did train
+
+
+def test_dropped_weights_gather_no_momentum(tmp_path):
+    model, generator = small_model(), torch.Generator().manual_seed(0)
+    images, labels = torch.randn(8, 3, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator)
+    options = {**train.DEFAULTS, "epochs": [1], "mixing": "none", "schedule": "one-cycle", "averaging": "none"}
+    run = experiment.Run(options, tmp_path, torch.device("cpu"), {"num_classes": 10}, model, generator, [None] * 3, None,
+                         forward=model)
+    run.masks = pruning.global_masks(model, 0.8)
+    pruning.apply_masks(model, run.masks)
+    experiment.begin_round(run)
+    for step in range(3):
+        train.train_step(run, images, labels, step)
+    for name, mask in run.masks.items():
+        slot = run.optimizer.state[model.get_parameter(name)]["momentum_buffer"]
+        assert bool((slot[~mask] == 0).all()) and bool((slot[mask] != 0).any()), name

@@ -15,6 +15,7 @@ import torch
 
 import checkpoint
 import commandline
+import experiment
 import pruning
 import train
 import train_pruning
@@ -70,7 +71,7 @@ def assert_same_run(out, other):
 
 def start(*flags):
     """A run of train_pruning.py, about to train."""
-    return train_pruning.start(train_pruning.__file__, "", train_pruning.ROUNDS, list(map(str, flags)),
+    return experiment.start(train_pruning.__file__, "", train_pruning.ROUNDS, train.RECIPES, list(map(str, flags)),
                                train_pruning.add_flags)
 
 
@@ -264,7 +265,7 @@ def test_result_is_the_averaged_network(finished):
 def test_momentum_and_decay_do_not_revive_pruned_weights(tmp_path):
     run = start(*SHORT, "--epochs", 1, 1, "--sparsity", 0.8, "--weight-decay", 0.1, "--out", tmp_path / "run")
     train_pruning.prune(run)
-    train.begin_round(run)
+    experiment.begin_round(run)
     for parameter in run.model.parameters():
         run.optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
     before = checkpoint.weights_of(run.model)
@@ -306,6 +307,13 @@ def test_folder_of_another_run_is_refused(finished):
     assert {path.name: path.read_bytes() for path in finished.out.iterdir()} == before
 
 
+def test_another_script_does_not_resume_it(finished, tmp_path):
+    out = folder_after(finished, 2, tmp_path / "run")
+    with pytest.raises(ValueError, match="is a run of train_pruning.py"):
+        train.main(["--resume", "--out", str(out)])
+    assert sorted(os.listdir(out)) == ["last.pt", "previous.pt"]
+
+
 def test_other_settings_are_listed_and_refused(finished, tmp_path):
     out = folder_after(finished, 2, tmp_path / "run")
     with pytest.raises(ValueError) as problem:
@@ -337,7 +345,7 @@ def test_force_accepts_other_settings_and_they_take_effect(finished, tmp_path):
     group = run.optimizer.param_groups[0]
     assert (group["weight_decay"], group["momentum"]) == (0.01, 0.5)
     run.schedule.step()
-    assert group["lr"] == pytest.approx(0.3 * train.one_cycle(4 / 6)), "4 of the round's 6 steps are done"
+    assert group["lr"] == pytest.approx(0.3 * experiment.one_cycle(4 / 6)), "4 of the round's 6 steps are done"
 
 
 @pytest.mark.parametrize("flags", [("--averaging", "none"), ("--schedule", "plateau"), ("--schedule", "cosine")])
@@ -373,7 +381,8 @@ def test_resume_from_a_file_of_weights_alone_is_refused(finished, tmp_path):
 
 def test_ctrl_c_twice_is_one_line_with_the_way_on(interrupted):
     assert interrupted.code == 130
-    line, = interrupted.errors.splitlines()
+    assert interrupted.errors.count("\n") == 1, interrupted.errors
+    line = interrupted.errors.strip()
     epochs = len(checkpoint.read(interrupted.out / "last.pt")["history"])
     assert line == (f"error: interrupted; {interrupted.out}/last.pt holds {epochs} whole epochs, go on with: "
                     f"python train_pruning.py --resume --out {interrupted.out}")
@@ -405,12 +414,12 @@ def test_ctrl_c_during_a_save_waits_and_names_it(finished, tmp_path, monkeypatch
 
 
 def test_ctrl_c_just_before_a_save_counts_what_the_file_holds(finished, tmp_path, monkeypatch):
-    out, real = folder_after(finished, 4, tmp_path / "run"), train.state_of
+    out, real = folder_after(finished, 4, tmp_path / "run"), experiment.state_of
 
     def state_of(run):
         os.kill(os.getpid(), signal.SIGINT)
         return real(run)
-    monkeypatch.setattr(train, "state_of", state_of)
+    monkeypatch.setattr(experiment, "state_of", state_of)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt) as stopped:

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoint
 import commandline
+import experiment
 import pruning
 import train
 import train_pruning
@@ -27,10 +28,10 @@ GROUPS = ("model", "groups", "shuffle", "mixing", "schedule", "averaging")
 
 def start_run(out, model, batches, classes=10, **settings):
     """A run of `model` over a list of batches, at the start of its first round."""
-    options = {**train.DEFAULTS, "epochs": [1], "mixing": "none", "schedule": "one-cycle", "averaging": "none", **settings}
-    run = train.Run(options, out, CPU, {"num_classes": classes}, model, torch.Generator().manual_seed(0), batches, None,
-                    forward=model)
-    train.begin_round(run)
+    lines = {"mixing": "none", "schedule": "one-cycle", "averaging": "none"}
+    run = experiment.Run({**train.DEFAULTS, **lines, "epochs": [1], **settings}, out, CPU, {"num_classes": classes},
+                         model, torch.Generator().manual_seed(0), batches, None, forward=model)
+    experiment.begin_round(run)
     return run
 
 
@@ -94,8 +95,8 @@ def test_every_commented_line_runs_when_it_is_active(script, group, value, tmp_p
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert {name: settings[name] for name in active} == active
     state = checkpoint.read(tmp_path / "run" / "model.pt")
-    assert {name: state["architecture"][{"model": "name"}.get(name, name)] for name in ("model", "groups", "shuffle")} == {
-        name: active[name] for name in ("model", "groups", "shuffle")}
+    built = state["architecture"]
+    assert [built["name"], built["groups"], built["shuffle"]] == [active[name] for name in GROUPS[:3]]
     last = checkpoint.read(tmp_path / "run" / "last.pt")
     assert (last["average"] is None) == (active["averaging"] == "none")
     assert len(last["history"]) == len(rounds) and all(math.isfinite(row["train_loss"]) for row in last["history"])
@@ -172,7 +173,11 @@ def test_published_recipe_is_the_original_run(capsys, tmp_path, monkeypatch):
 def test_published_recipe_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     passes = []
-    monkeypatch.setattr(train, "evaluate", lambda model, batches, device: (passes.append(batches), (2.5, 10.0))[1])
+
+    def evaluate(model, batches, device):
+        passes.append(batches)
+        return 2.5, 10.0
+    monkeypatch.setattr(train, "evaluate", evaluate)
     train.main([*SHORT, "--recipe", "published", "--epochs", "1", "--limit", "64", "--out", "run"])
     state = checkpoint.read("run/last.pt")
     group = state["optimizer"]["param_groups"][0]
@@ -180,6 +185,22 @@ def test_published_recipe_trains(tmp_path, monkeypatch):
     assert state["average"] is None and state["schedule"]["best"] == 2.5
     assert len(passes) == 3 and isinstance(passes[0], torch.utils.data.DataLoader)       # after training: four passes
     assert len(passes[0].dataset) == 64 and passes[1] is passes[2] is not passes[0]
+
+
+@pytest.mark.parametrize("recipe", ["ours", "published"])
+def test_batch_larger_than_the_set_is_refused_before_training(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="batch size 32 is larger than the 16 training images"):
+        train.main([*SHORT, "--recipe", recipe, "--epochs", "1", "--limit", "16", "--batch-size", "32", "--out", "run"])
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("flag", ["--mix-alpha", "--mix-probability", "--lr", "--weight-decay", "--label-smoothing"])
+def test_settings_that_are_not_finite_are_refused(flag, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"{flag} {value}"):
+        train.main([*SHORT, "--dry-run", "--limit", "4", "--batch-size", "2", flag, value])
 
 
 @pytest.mark.parametrize("main", [train.main, train_pruning.main])
@@ -218,7 +239,7 @@ def test_schedule_starts_above_zero_peaks_at_one_and_ends_near_zero(name, tmp_pa
     assert 0 <= run.optimizer.param_groups[0]["lr"] < 1e-9
 
 
-@pytest.mark.parametrize("shape", [train.one_cycle, train.warm_cosine])
+@pytest.mark.parametrize("shape", [experiment.one_cycle, experiment.warm_cosine])
 def test_shares_of_the_learning_rate_stay_between_zero_and_one(shape):
     shares = [shape(step / 999) for step in range(1000)]
     assert all(0 <= share <= 1 for share in shares) and min(shares[:-1]) > 0 and max(shares) > 0.999
@@ -250,7 +271,7 @@ def test_train_step_is_smoothed_cross_entropy_and_nesterov_by_hand(tmp_path):
         logarithms = logits - logits.exp().sum(1, keepdim=True).log()
         loss = -(wanted * logarithms).sum(1).mean()
         slope = (logarithms.exp() - wanted) / 8
-        share = rate * train.one_cycle(step / 4)
+        share = rate * experiment.one_cycle(step / 4)
         for tensor, slot, gradient in zip((weight, bias), slots, (slope.T @ flat, slope.sum(0)), strict=True):
             gradient += decay * tensor
             slot.mul_(momentum).add_(gradient)
@@ -306,12 +327,13 @@ def test_loss_that_is_not_finite_stops_before_the_update(value, tmp_path):
     (images, labels), model = random_batches(1)[0], linear_model()
     run = start_run(tmp_path, model, [None] * 10, averaging="ema", lr=0.2)
     train.train_step(run, images, labels, 0)
-    before = copy.deepcopy((model.state_dict(), run.average.state_dict(), run.optimizer.state_dict()))
+    parts = model, run.average, run.optimizer
+    before = copy.deepcopy([part.state_dict() for part in parts])
     images[3, 0, 0, 0] = value
     with pytest.raises(RuntimeError, match=r"not finite: epoch 1, step 2, learning rate .*none yet"):
         train.train_step(run, images, labels, 1)
-    for old, new in zip(before, (model.state_dict(), run.average.state_dict(), run.optimizer.state_dict()), strict=True):
-        torch.testing.assert_close(old, new, rtol=0, atol=0)
+    for old, part in zip(before, parts, strict=True):
+        torch.testing.assert_close(old, part.state_dict(), rtol=0, atol=0)
     assert not list(tmp_path.iterdir())
 
 
@@ -370,7 +392,11 @@ def test_average_is_what_the_round_ends_with(tmp_path, monkeypatch):
     run.validation = random_batches(1, seed=1)
     monkeypatch.setattr(train, "save", lambda run: None)
     trained = []
-    monkeypatch.setattr(train, "measure", lambda run: (trained.append(run.model[1].weight.detach().clone()), (1.0, 1.0))[1])
+
+    def measure(run):
+        trained.append(run.model[1].weight.detach().clone())
+        return 1.0, 1.0
+    monkeypatch.setattr(train, "measure", measure)
     train.fit(run)
     assert torch.equal(run.model[1].weight, run.average[1].weight)
     assert not torch.equal(run.model[1].weight, trained[0])

@@ -1,0 +1,111 @@
+"""BinaryConnect: forward and backward with weights of -H and +H, updates on real weights.
+
+    with binarized(model):                    # -H or +H, real weights again at the end
+        loss = criterion(model(images), targets)
+        loss.backward()
+    optimizer.step()
+    BC(model).clip()                          # real weights stay within [-H, H]
+
+Courbariaux et al. 2015 (arXiv:1511.00363), algorithm 1. Every convolution and
+linear weight is binary; batch norm and biases stay real. With pruning masks the
+values are -H, 0 and +H. `BC` offers the same under its customary names.
+"""
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def binary_weights(model):
+    """{name: weight} of every convolution and linear layer."""
+    return {f"{name}.weight": module.weight for name, module in model.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear))}
+
+
+def scale_of(weight, scale):
+    """H of one weight tensor: 1 for "one", sqrt(1.5 / (fan_in + fan_out)) for "glorot"."""
+    if scale == "one":
+        return 1.0
+    if scale != "glorot":
+        raise ValueError(f"scale {scale!r}; choose 'one' or 'glorot'")
+    field = weight[0, 0].numel() if weight.dim() > 2 else 1
+    return (1.5 / (weight.shape[1] * field + weight.shape[0] * field)) ** 0.5
+
+
+@torch.no_grad()
+def binarize(weight, height, generator=None, mask=None):
+    """A tensor of -H and +H (0 where `mask` is False), of the shape of `weight`.
+
+    Deterministic: +H where the weight is at least 0. With `generator`, stochastic:
+    +H with probability clip((w / H + 1) / 2, 0, 1). Raises ValueError for weights
+    that are not finite.
+    """
+    wrong = int((~torch.isfinite(weight)).sum())
+    if wrong:
+        raise ValueError(f"{wrong:,} weights are NaN or infinite; they have no sign")
+    if generator is None:
+        positive = weight >= 0
+    else:
+        chance = ((weight / height + 1) / 2).clamp(0, 1)
+        positive = torch.rand(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype) < chance
+    binary = torch.where(positive, height, -height).to(weight.dtype)
+    return binary if mask is None else binary * mask
+
+
+class BC:
+    """BinaryConnect around a model, under its customary names.
+
+    scale: "one" or "glorot", see `scale_of`; generator: binarizes stochastically;
+    masks: {name: bool tensor} of pruned weights, which are 0. A step is
+    binarization, forward and backward, restore, the optimizer's step, clip.
+    """
+
+    def __init__(self, model, scale="one", generator=None, masks=None):
+        self.model, self.scale, self.generator, self.masks = model, scale, generator, masks or {}
+        self.saved_params = None
+
+    def save_params(self):
+        """Keep a copy of the real weights; one that is kept already stays."""
+        if self.saved_params is None:
+            self.saved_params = {name: weight.detach().clone() for name, weight in binary_weights(self.model).items()}
+
+    @torch.no_grad()
+    def binarization(self):
+        """Make the weights binary, from the real ones: a second call does not lose them."""
+        self.save_params()
+        for name, weight in binary_weights(self.model).items():
+            real = self.saved_params[name]
+            weight.copy_(binarize(real, scale_of(real, self.scale), self.generator, self.masks.get(name)))
+
+    @torch.no_grad()
+    def restore(self):
+        """Bring the real weights back, in place, so that gradients and optimizer slots stay with them."""
+        for name, real in (self.saved_params or {}).items():
+            self.model.get_parameter(name).copy_(real)
+        self.saved_params = None
+
+    @torch.no_grad()
+    def clip(self):
+        """Clip the real weights to [-H, H], in place: beyond it they have no influence on the binary ones."""
+        for weight in binary_weights(self.model).values():
+            height = scale_of(weight, self.scale)
+            weight.clamp_(-height, height)
+
+    def forward(self, images):
+        """The model's outputs, with whatever weights it has now."""
+        return self.model(images)
+
+
+@contextmanager
+def binarized(model, scale="one", generator=None, masks=None):
+    """The model with binary weights; at the end, also after an error, the real ones are back.
+
+    Blocks may be nested: the inner one binarizes what is binary already, which
+    changes nothing when deterministic, and the outer one restores.
+    """
+    connect = BC(model, scale, generator, masks)
+    try:
+        connect.binarization()
+        yield model
+    finally:
+        connect.restore()

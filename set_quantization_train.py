@@ -1,0 +1,36 @@
+"""Training with quantized weights: what the line WEIGHTS does to the weights of one step.
+
+`train.py` runs forward and backward within `step_weights`, calls `after_step`
+behind the optimizer, and evaluates within `evaluation_weights`.
+"""
+from contextlib import nullcontext
+
+import binaryconnect
+
+BINARY = ("binary", "binary-stochastic")
+
+
+def step_weights(model, weights, scale, generator, masks):
+    """A context in which `model` has the weights of a training step.
+
+    weights: "float" (as they are), "binary" (their signs) or "binary-stochastic"
+    (drawn from `generator`); scale: H, "one" or "glorot"; masks: of pruned weights.
+    """
+    if weights not in BINARY:
+        return nullcontext(model)
+    drawn = generator if weights == "binary-stochastic" else None
+    return binaryconnect.binarized(model, scale, drawn, masks)
+
+
+def after_step(model, weights, scale):
+    """What follows an update: binary training clips the real weights to [-H, H]."""
+    if weights in BINARY:
+        binaryconnect.BC(model, scale).clip()
+
+
+def evaluation_weights(model, weights, scale, masks):
+    """A context in which `model` is evaluated and saved: the signs, where it trains deterministically with them.
+
+    After stochastic training the real weights are the result (arXiv:1511.00363, section 2.6, third method).
+    """
+    return step_weights(model, "binary" if weights == "binary" else "float", scale, None, masks)

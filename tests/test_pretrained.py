@@ -1,0 +1,37 @@
+"""The model that ships gives the numbers that the README and results/ state."""
+import json
+
+import pytest
+from conftest import ROOT
+
+import pruning
+import test as half_test
+from train import SHIPPED, load_network
+
+
+@pytest.fixture(scope="module")
+def stated():
+    runs = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*/report.json"))]
+    return next(run for run in runs if run["test"]["dataset"] == "cifar10")
+
+
+def test_zeros_and_parameters(stated):
+    model, _ = load_network(SHIPPED)
+    parameters = sum(tensor.numel() for tensor in model.parameters())
+    zeros = sum(int((weight == 0).sum()) for weight in pruning.prunable(model).values())
+    assert stated["profile"]["parameters"] == parameters
+    # rounding to half precision may add a zero where a weight was below its smallest number
+    assert 0 <= stated["profile"]["nonzero"] - (parameters - zeros) <= 10
+    assert pruning.sparsity_of(model) == pytest.approx(0.91, abs=1e-4)
+
+
+def test_it_is_small():
+    assert SHIPPED.stat().st_size < 11_173_962 * 4 / 100
+
+
+def test_accuracy_on_the_real_test_images(real_cifar10, capsys, stated):
+    half_test.main(["--checkpoint", str(SHIPPED), "--data", str(real_cifar10), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 10_000
+    # other processors and threads add in another order: a few of 10,000 images may tip over
+    assert result["accuracy"] == pytest.approx(stated["test"]["accuracy"], abs=0.05)
