@@ -16,7 +16,6 @@ same splits.
 """
 import hashlib
 import os
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,18 +79,27 @@ def load(dataset, root="data"):
 def read_npz(path):
     """The four arrays of an `.npz`; its zip's checksums are checked, nothing is unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [name for name in Data._fields if name not in archive]
-            if missing:
-                raise ValueError(f"{path} has no array called {missing[0]}; it must hold {', '.join(Data._fields)}")
-            return Data(*(archive[name] for name in Data._fields))
-    except (zipfile.BadZipFile, EOFError, zipfile.zlib.error) as problem:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            found = {name: read_member(archive.zip, name) for name in Data._fields if name in archive}
+    except Exception as problem:          # zipfile and NumPy report damage in many types
+        if "pickle" in str(problem) or isinstance(problem, TypeError):
+            raise ValueError(f"{path} is not an .npz of plain arrays; "
+                             "delete it or put the right file there") from None
         raise ValueError(f"{path} is damaged ({problem}; {path.stat().st_size:,} bytes); "
                          "delete it, and it is made again from the original files") from None
-    except ValueError as problem:
-        if "pickle" in str(problem):
-            raise ValueError(f"{path} is not an .npz of plain arrays; delete it or put the right file there") from None
-        raise
+    missing = [name for name in Data._fields if name not in found]
+    if missing:
+        raise ValueError(f"{path} has no array called {missing[0]}; it must hold {', '.join(Data._fields)}")
+    return Data(**found)
+
+
+def read_member(archive, name):
+    """One array of an `.npz`, read to the member's end: only there does zipfile check its checksum."""
+    with archive.open(f"{name}.npy") as member:
+        array = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read():
+            raise ValueError(f"{name} is longer than its header says")
+        return array
 
 
 def check(data, kind, source):
@@ -129,7 +137,7 @@ def read_torchvision(dataset, root):
     """The set through torchvision's reader, which downloads what is absent and checks it."""
     datasets = import_torchvision().datasets
     check_folder(root)
-    check_originals(datasets, KINDS[dataset].reader, root)
+    check_originals(datasets, dataset, root)
     reader = getattr(datasets, KINDS[dataset].reader)
     try:
         train, test = reader(root, train=True, download=True), reader(root, train=False, download=True)
@@ -167,10 +175,11 @@ def original_names(reader):
     return "MNIST/raw/ with " + ", ".join(name for name, _ in reader.resources)
 
 
-def check_originals(datasets, name, root):
-    """Refuse an altered original file before anything in it is unpickled (md5 from torchvision)."""
-    reader = getattr(datasets, name)
+def check_originals(datasets, dataset, root):
+    """Refuse an altered original file before anything in it is unpickled: by torchvision's md5, MNIST's by size."""
+    reader = getattr(datasets, KINDS[dataset].reader)
     if not hasattr(reader, "filename"):
+        check_idx_sizes(KINDS[dataset], root / "MNIST" / "raw")
         return
     expected = [(f"{reader.base_folder}/{part}", md5) for part, md5 in
                 (*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"]))]
@@ -181,6 +190,16 @@ def check_originals(datasets, name, root):
             if found != md5:
                 raise ValueError(f"{path} is truncated or altered: expected md5 {md5}, found {found} "
                                  f"({path.stat().st_size:,} bytes); delete it or put the right file there")
+
+
+def check_idx_sizes(kind, folder):
+    """The unpacked files of MNIST, of which torchvision knows no checksum: a header and a byte a pixel or label."""
+    for part, count in zip(("train", "t10k"), kind.counts, strict=True):
+        for name, size in (("images-idx3", 16 + count * int(np.prod(kind.shape))), ("labels-idx1", 8 + count)):
+            path = folder / f"{part}-{name}-ubyte"
+            if path.exists() and path.stat().st_size != size:
+                raise ValueError(f"{path} is truncated or altered: expected {size:,} bytes, found "
+                                 f"{path.stat().st_size:,}; delete it or put the right file there")
 
 
 def check_folder(folder):

@@ -70,14 +70,15 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
         if not {"settings", "optimizer", "schedule", "random"} <= state.keys():
             raise ValueError(f"{given['out']}/last.pt holds a network alone, not the state of a run: "
                              "it cannot be resumed")
-        if state["settings"]["script"] != Path(script).name:
-            raise ValueError(f"{given['out']} is a run of {state['settings']['script']}; that script resumes it")
+        if state["settings"].get("script") != Path(script).name:
+            raise ValueError(f"{given['out']} is a run of {state['settings'].get('script')}; that script resumes it")
         settings = commandline.settings_to_resume(state, lines, given)
     else:
         recipe = recipes.get(given.get("recipe"), {})
         settings = {**defaults, **lines, **recipe, **given, "lines": lines, "script": Path(script).name}
     settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
-    if settings["pruning"] in ("polynomial", "constant") and len(settings["sparsity"]) > 1:
+    rounds = len(settings["epochs"])
+    if settings["pruning"] in ("polynomial", "constant") and rounds == len(settings["sparsity"]) + 1 > 1:
         settings["epochs"] = [sum(settings["epochs"])]
         settings["sparsity"] = [1 - math.prod(1 - share for share in settings["sparsity"])]
     commandline.check_settings(settings)

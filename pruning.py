@@ -10,6 +10,7 @@ tensor that the training loop applies after every step, so that neither momentum
 nor weight decay brings a weight back.
 """
 import math
+import numbers
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ def check_sparsity(value):
     An integer 1 is refused apart: torch's pruning reads it as one weight and 1.0
     as all of them.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"sparsity {value!r} is no number; give a fraction in [0, 1), such as 0.7")
     if value == 1:
         raise ValueError("sparsity 1 is ambiguous: one weight, or all of them? Give a fraction in [0, 1), such as 0.7")
@@ -56,7 +57,7 @@ def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=(), 
     sparsity = check_sparsity(sparsity)
     weights = prunable(model, exclude)
     refuse_nonfinite(weights)
-    masks = masks or {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    masks = {**{name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}, **(masks or {})}
     remaining = sum(int(masks[name].sum()) for name in weights)
     whole = sum(weight.numel() for weight in weights.values())
     removed = round(sparsity * remaining) if of == "remaining" else max(0, round(sparsity * whole) - whole + remaining)
@@ -67,7 +68,7 @@ def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=(), 
                          f"{minimum_density} by layer holds {held:,}; lower one of them")
     scores = {name: lamp_scores(weight) if score == "lamp" else weight.detach().abs()
               for name, weight in weights.items()}
-    return ranked(scores, masks, protected, removed)
+    return {**masks, **ranked(scores, masks, protected, removed)}
 
 
 def ranked(scores, masks, protected, removed):

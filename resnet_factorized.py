@@ -23,7 +23,7 @@ def shuffle_channels(images, groups):
 
     images: (N, C, H, W), C a multiple of groups. Channel k of group g moves to
     position k * groups + g, so that each new group holds channels of every old
-    one. ShuffleNet, arXiv:1707.01083, section 3.1.
+    one, where there are at least as many channels in a group as groups. ShuffleNet, arXiv:1707.01083, section 3.1.
     """
     n, c, h, w = images.shape
     return images.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)

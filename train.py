@@ -128,7 +128,9 @@ def train_epoch(run, bar):
         seen += len(images)
         bar.update(len(images))
         if not bar.disable and step % 20 == 0:
-            bar.set_postfix(loss=f"{totals[0] / seen:.3f}", accuracy=f"{100 * totals[1] / seen:.1f}", refresh=False)
+            validated = {"validation": run.history[-1]["validation_accuracy"]} if run.history else {}
+            bar.set_postfix(loss=f"{totals[0] / seen:.3f}", accuracy=f"{100 * totals[1] / seen:.1f}", **validated,
+                            refresh=False)
     loss, correct = (totals / seen).tolist()
     return loss, 100 * correct
 
@@ -162,7 +164,8 @@ def prune_on_schedule(run, step):
     """Gradual pruning: where the schedule fires after `step`, new masks for the network and its average."""
     settings = run.settings
     steps, (sparsity,) = settings["epochs"][run.round] * len(run.train), settings["sparsity"]
-    when = round(settings["prune_begin"] * steps), round(settings["prune_end"] * steps), settings["prune_frequency"]
+    end = max(1, min(round(settings["prune_end"] * steps), steps - 1))
+    when = min(round(settings["prune_begin"] * steps), end - 1), end, settings["prune_frequency"]
     wanted = (pruning.constant_schedule(step, sparsity, *when) if settings["pruning"] == "constant"
               else pruning.polynomial_schedule(step, 0.0, sparsity, *when))
     if wanted is None:

@@ -20,7 +20,7 @@ import train
 import train_pruning
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--dataset digits --limit 32 --batch-size 32 --compile off --device cpu".split()
+SMALL = ["--dataset", "digits", "--limit", "32", "--batch-size", "32", "--compile", "off", "--device", "cpu"]
 SCRIPTS = {"train.py": train.main, "train_pruning.py": train_pruning.main}
 
 

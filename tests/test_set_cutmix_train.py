@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from set_cutmix_train import cutmix, draw_beta, paste
+from draws import draw_beta
+from set_cutmix_train import cutmix, paste
 
 
 def seeded(seed=0):

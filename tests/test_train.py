@@ -23,12 +23,12 @@ import train_pruning
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 SHORT = ["--dataset", "digits", "--device", "cpu", "--compile", "off"]
-GROUPS = ("model", "groups", "shuffle", "mixing", "schedule", "averaging")
+GROUPS = ("model", "groups", "shuffle", "mixing", "weights", "schedule", "averaging")
 
 
 def start_run(out, model, batches, classes=10, **settings):
     """A run of `model` over a list of batches, at the start of its first round."""
-    lines = {"mixing": "none", "schedule": "one-cycle", "averaging": "none"}
+    lines = {"mixing": "none", "weights": "float", "schedule": "one-cycle", "averaging": "none"}
     run = experiment.Run({**train.DEFAULTS, **lines, "epochs": [1], **settings}, out, CPU, {"num_classes": classes},
                          model, torch.Generator().manual_seed(0), batches, None, forward=model)
     experiment.begin_round(run)
@@ -108,18 +108,21 @@ def test_every_commented_line_runs_when_it_is_active(script, group, value, tmp_p
 @pytest.mark.parametrize("script", ["train.py", "train_pruning.py"])
 def test_lines_offer_every_choice_and_one_is_active(script):
     active, choices = commandline.read_lines(ROOT / script)
-    assert tuple(active) == GROUPS
+    assert set(GROUPS) <= set(active)
     assert all(active[group.lower()] == values[0] and len(values) > 1 for group, values in choices.items())
     assert choices["MODEL"] == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
     assert choices["GROUPS"] == [8, 4, 1] and choices["SCHEDULE"] == ["one-cycle", "cosine", "plateau"]
 
 
-def test_both_scripts_have_the_same_lines():
-    assert commandline.read_lines(ROOT / "train.py") == commandline.read_lines(ROOT / "train_pruning.py")
+def test_both_scripts_have_the_same_lines_for_training():
+    (active, choices), (more, more_choices) = (commandline.read_lines(ROOT / script)
+                                               for script in ("train.py", "train_pruning.py"))
+    assert active == {group: more[group] for group in active}
+    assert choices == {group: more_choices[group] for group in choices}
+    assert set(more) - set(active) == {"pruning", "score"}
 
 
-@pytest.mark.parametrize("group", [name.upper() for name in GROUPS])
-@pytest.mark.parametrize("script", ["train.py", "train_pruning.py"])
+@pytest.mark.parametrize(("script", "group"), sorted({line[:2] for line in LINES}))
 def test_two_or_no_active_lines_are_refused_with_the_group_and_its_choices(script, group, tmp_path, monkeypatch):
     text, edited = (ROOT / script).read_text(), tmp_path / script
     choices = commandline.read_lines(ROOT / script)[1][group]
@@ -138,10 +141,10 @@ def test_two_or_no_active_lines_are_refused_with_the_group_and_its_choices(scrip
 def test_flags_override_lines(main, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = dry_run(main, capsys)
-    assert [lines[group] for group in GROUPS] == ["resnet18", 8, True, "cutmix", "one-cycle", "ema"]
+    assert [lines[group] for group in GROUPS] == ["resnet18", 8, True, "cutmix", "float", "one-cycle", "ema"]
     flags = dry_run(main, capsys, "--model", "resnet34", "--groups", "4", "--no-shuffle", "--mixing", "none",
-                    "--schedule", "cosine", "--averaging", "none")
-    assert [flags[group] for group in GROUPS] == ["resnet34", 4, False, "none", "cosine", "none"]
+                    "--weights", "binary", "--schedule", "cosine", "--averaging", "none")
+    assert [flags[group] for group in GROUPS] == ["resnet34", 4, False, "none", "binary", "cosine", "none"]
     assert flags["lines"] == lines["lines"]
 
 
@@ -315,7 +318,7 @@ def test_mixed_batch_is_what_the_network_sees_and_learns(tmp_path, monkeypatch):
         assert generator is run.generator and (alpha, probability) == (1.0, 0.5)
         assert torch.equal(targets, F.one_hot(labels, 10).float())
         return images / 2, soft
-    monkeypatch.setattr(train, "cutmix", half)
+    monkeypatch.setitem(train.MIXINGS, "cutmix", half)
     run.forward = lambda batch: seen.append(batch) or model(batch)
     expected = F.cross_entropy(model(images / 2), soft).item()
     assert train.train_step(run, images, labels, 0)[0].item() == pytest.approx(expected)
@@ -477,6 +480,19 @@ def test_pruning_run_leaves_nine_percent_in_every_file(tmp_path, monkeypatch, ca
     assert [row["round"] for row in last["history"]] == [1, 2, 3] and last["round"] == 2
     assert [row["sparsity"] for row in last["history"]] == pytest.approx([0, 0.7, 0.91], abs=1e-5)
     assert capsys.readouterr().out.count("pruned 70 % of the remaining weights") == 2
+
+
+@pytest.mark.parametrize("end", ["0.6", "1"])
+@pytest.mark.parametrize("kind", ["polynomial", "constant"])
+def test_gradual_pruning_reaches_its_sparsity(kind, end, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_pruning.main([*SHORT, "--epochs", "2", "--sparsity", "0.9", "--pruning", kind, "--prune-end", end,
+                        "--prune-begin", "0.3", "--prune-frequency", "3", "--limit", "32", "--batch-size", "8",
+                        "--out", "run"])
+    state = checkpoint.read("run/last.pt")
+    total = sum(mask.numel() for mask in state["masks"].values())
+    assert sum(int(mask.sum()) for mask in state["masks"].values()) == total - round(0.9 * total)
+    assert pruning.sparsity_of(train.load_network("run/model.pt")[0]) == round(0.9 * total) / total
 
 
 def test_the_seed_decides_a_run(tmp_path, monkeypatch):
