@@ -15,6 +15,7 @@ loop of their own take `loaders`: torchvision transforms and DataLoaders over th
 same splits.
 """
 import hashlib
+import io
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -94,12 +95,16 @@ def read_npz(path):
 
 
 def read_member(archive, name):
-    """One array of an `.npz`, read to the member's end: only there does zipfile check its checksum."""
-    with archive.open(f"{name}.npy") as member:
-        array = np.lib.format.read_array(member, allow_pickle=False)
-        if member.read():
-            raise ValueError(f"{name} is longer than its header says")
-        return array
+    """One array of an `.npz`, read as a whole: zipfile checks a member's checksum only at its end."""
+    content = archive.read(f"{name}.npy")
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, columns_first, dtype = readers[version](stream)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds pickled objects")
+    array = np.frombuffer(bytearray(content), dtype, offset=stream.tell())
+    return array.reshape(shape, order="F" if columns_first else "C")
 
 
 def check(data, kind, source):
