@@ -39,3 +39,17 @@ def real_cifar10(tmp_path_factory):
 def fixed_seed():
     """Each test starts from the same global generator."""
     torch.manual_seed(0)
+
+
+def same(one, other):
+    """Equal in types, keys, dtypes, shapes and every bit of every tensor."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return (one.dtype == other.dtype and one.shape == other.shape
+                and one.contiguous().flatten().view(torch.uint8).equal(other.contiguous().flatten().view(torch.uint8)))
+    return one == other

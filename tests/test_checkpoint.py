@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -25,20 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
           torch.int8, torch.uint8, torch.bool, torch.complex64]
 ARCHITECTURE = {"name": "resnet18", "groups": 8, "shuffle": True, "num_classes": 10, "in_channels": 3}
-
-
-def same(one, other):
-    """Equal in types, keys, dtypes, shapes and every bit of every tensor."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, torch.Tensor):
-        return (one.dtype == other.dtype and one.shape == other.shape
-                and one.contiguous().flatten().view(torch.uint8).equal(other.contiguous().flatten().view(torch.uint8)))
-    return one == other
 
 
 def random_tensor(dtype, shape, seed):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import same
 
 import checkpoint
 import commandline
@@ -29,20 +30,6 @@ SHORT = shlex.split("--dataset digits --limit 32 --batch-size 32 --compile off -
 
 class Stop(Exception):
     """Raised by a test in the middle of a run."""
-
-
-def same(one, other):
-    """Equal in types, keys and every bit of every tensor."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, torch.Tensor):
-        return (one.dtype == other.dtype and one.shape == other.shape
-                and one.contiguous().flatten().view(torch.uint8).equal(other.contiguous().flatten().view(torch.uint8)))
-    return one == other
 
 
 def without_times(rows):
