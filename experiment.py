@@ -137,14 +137,17 @@ def announce(run):
     """Compile where it pays, say what will run and for about how long, write config.json."""
     settings = run.settings
     height, width, channels = cifar10.KINDS[settings["dataset"]].shape
+    shape = (settings["batch_size"], channels, height, width)
     images = len(run.train) * settings["batch_size"]
-    run.forward, speed, note = compiling.choose_forward(
-        run.model, settings["compile"], sum(settings["epochs"]) * images,
-        (settings["batch_size"], channels, height, width), autocast(run.device), run.device)
-    seconds = sum(settings["epochs"]) * (images + 0.3 * len(run.validation) * 500) / speed
+    done, whole = len(run.history), sum(settings["epochs"])
+    # by the whole run, also on resuming: compiled and eager steps differ in their last bits
+    run.forward, speed, note = compiling.choose_forward(run.model, settings["compile"], whole * images, shape,
+                                                        autocast(run.device), run.device)
+    seconds = (whole - done) * (images + 0.3 * len(run.validation) * 500) / speed
     print(f"{settings['model']}, groups {settings['groups']}, on {settings['dataset']}: {images:,} images an epoch, "
           f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}; {note}")
-    print(f"estimated time for all rounds: {seconds / 60:.1f} min at {speed:.0f} images/s; writes {run.out}",
+    print(f"{f'goes on after {done} of {whole} epochs; ' if done else ''}"
+          f"estimated time for all rounds: {seconds / 60:.1f} min at {speed:.0f} images/s; writes {run.out}",
           flush=True)
     if settings["dry_run"]:
         print(json.dumps(settings, indent=1))
