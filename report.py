@@ -25,7 +25,7 @@ CITED = [    # (name, parameters left, accuracy in %), CIFAR-10 test images, as 
     ("dense ResNet-18, good recipe", 11_173_962, 95.3),
     ("cifar10-tiniest", 97_500, 94.4),
 ]
-SAME = ["dataset", "network", "epochs", "pruning", "mixing", "batch_size", "lr", "recipe", "device"]
+SAME = ["dataset", "network", "epochs", "pruning", "mixing", "weights", "batch_size", "lr", "recipe", "device"]
 
 
 def read_run(folder):
@@ -41,8 +41,8 @@ def read_run(folder):
     return {"run": folder.name, "folder": folder, "dataset": settings["dataset"],
             "network": f"{settings['model']} groups {settings['groups']}{shuffled}",
             "epochs": "+".join(map(str, settings["epochs"])),
-            "pruning": "+".join(f"{100 * share:g} %" for share in settings["sparsity"]) or "none",
-            "mixing": settings["mixing"], "batch_size": settings["batch_size"], "lr": settings["lr"],
+            "pruning": pruning_of(settings), "mixing": settings["mixing"],
+            "weights": settings.get("weights", "float"), "batch_size": settings["batch_size"], "lr": settings["lr"],
             "recipe": settings["recipe"], "device": config["device"], "seed": settings["seed"],
             "validation_accuracy": history["validation_accuracy"].iloc[-1], "test_accuracy": test.get("accuracy"),
             "precision": test.get("precision"), "minutes": history["seconds"].sum() / 60,
@@ -50,6 +50,13 @@ def read_run(folder):
             "parameters_removed": profile.get("parameters_removed"), "macs": profile.get("macs"),
             "macs_removed": profile.get("macs_removed"), "score_course": profile.get("score_course"),
             "bytes": test.get("bytes", {}).get("compressed"), "history": history, "layers": profile.get("layers")}
+
+
+def pruning_of(settings):
+    """How a run was pruned, in a few words: "70 %+70 %", "91 % polynomial lamp", "none"."""
+    words = ["+".join(f"{100 * share:g} %" for share in settings["sparsity"]) or "none"]
+    usual = (None, "rounds", "none", "l1")
+    return " ".join(words + [settings[name] for name in ("pruning", "score") if settings.get(name) not in usual])
 
 
 def read_json(path):
@@ -77,12 +84,13 @@ def table_of(runs):
 
 def markdown_of(table):
     """The table for a README."""
-    names = ["run", "data", "network", "epochs", "pruned", "device", "n", "validation %", "test %", "parameters left",
-             "removed", "MACs", "removed", "course score", "bytes", "minutes"]
+    names = ["run", "data", "network", "weights", "mixing", "epochs", "pruned", "device", "n", "validation %",
+             "test %", "parameters left", "removed", "MACs", "removed", "course score", "bytes", "minutes"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in table.itertuples():
         spread = "" if pd.isna(row.test_sd) else f" ± {row.test_sd:.2f}"
-        cells = [row.runs, row.dataset, row.network, row.epochs, row.pruning, row.device, str(row.n),
+        cells = [row.runs, row.dataset, row.network, row.weights, row.mixing, row.epochs, row.pruning, row.device,
+                 str(row.n),
                  number(row.validation_accuracy, ".2f"), number(row.test_accuracy, ".2f") + spread,
                  number(row.nonzero, ",.0f"), number(row.parameters_removed, ".2%"), number(row.macs, ",.0f"),
                  number(row.macs_removed, ".2%"), number(row.score_course, ".4f"), number(row.bytes, ",.0f"),
