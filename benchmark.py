@@ -1,12 +1,13 @@
 """Training speed against the published run's loop, side by side: `python benchmark.py`.
 
-Both train the same network on the same images, in turns, so that a slow minute
-hits both. Ours: batches cut on the device, compiled where a compiler is there.
+Both train the same network on the same images, each in a process of its own, in
+turns, so that a slow minute hits both. Ours: batches cut on the device, compiled where a compiler is there.
 The published loop (`--recipe published`): batch 32, a DataLoader, and four passes
 over data an epoch, of which one trains. Prints images a second of the training
 steps and of whole epochs, and their ratios; --json writes them to a file.
 """
 import json
+import multiprocessing
 import statistics
 import time
 from itertools import islice
@@ -71,24 +72,51 @@ def endless(batches):
         yield from batches
 
 
+def serve(recipe, arguments, pipe):
+    """A process that holds one loop and times a part of it whenever it is asked, so that neither helps the other."""
+    try:
+        run, note = make_run(recipe, arguments)
+        training, validation = endless(run.train), endless(run.validation)
+        pipe.send((note, run.settings["batch_size"]))
+        for _ in iter(pipe.recv, None):
+            pipe.send((time_training(run, training, arguments.images),
+                       time_evaluation(run, validation, arguments.images)))
+    except EOFError:
+        return                            # the other end is gone
+    except (ValueError, OSError, RuntimeError) as problem:
+        pipe.send(problem)
+
+
+def ask(pipe):
+    """What a process of `serve` sends next; its error is raised here."""
+    answer = pipe.recv()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
 def measure(arguments):
     """The rows of the table: median and range over the repeats, for both loops."""
-    times = {}
-    runs = {recipe: make_run(recipe, arguments) for recipe in ("ours", "published")}
-    feeds = {recipe: (endless(run.train), endless(run.validation)) for recipe, (run, _) in runs.items()}
+    context, pipes, times = multiprocessing.get_context("spawn"), {}, {"ours": [], "published": []}
+    for recipe in times:
+        pipes[recipe], far = context.Pipe()
+        context.Process(target=serve, args=(recipe, arguments, far), daemon=True).start()
+    facts = {recipe: ask(pipe) for recipe, pipe in pipes.items()}
     for repeat in range(arguments.repeats + 1):       # the first one warms up
-        for recipe, (run, _) in runs.items():
-            taken = (time_training(run, feeds[recipe][0], arguments.images),
-                     time_evaluation(run, feeds[recipe][1], arguments.images))
+        for recipe, pipe in pipes.items():
+            pipe.send(True)
+            taken = ask(pipe)
             if repeat:
-                times.setdefault(recipe, []).append(taken)
+                times[recipe].append(taken)
+    for pipe in pipes.values():
+        pipe.send(None)
     data = cifar10.KINDS[arguments.dataset].counts[0]
     sizes = {"train": data - data // 10, "validation": data // 10}
     rows = {}
     for recipe, taken in times.items():
         measured = sizes["train"] + 2 * sizes["validation"] if recipe == "published" else sizes["validation"]
         epochs = [step * sizes["train"] + look * measured for step, look in taken]
-        rows[recipe] = {"how": runs[recipe][1], "batch_size": runs[recipe][0].settings["batch_size"],
+        rows[recipe] = {"how": facts[recipe][0], "batch_size": facts[recipe][1],
                         "training": spread([1 / step for step, _ in taken]),
                         "evaluation": spread([1 / look for _, look in taken]),
                         "epoch": spread([sizes["train"] / seconds for seconds in epochs])}

@@ -115,8 +115,10 @@ def draw_curves(path, run):
         after = history.groupby("round")["sparsity"].first()
         for round_, epoch in list(last.items())[:-1]:
             axes.axvline(epoch + 0.5, color="gray", linestyle="--")
-            axes.annotate(f"pruned to {after[round_ + 1]:.0%}", (epoch + 0.5, 1), xytext=(3, -3), rotation=90,
-                          xycoords=("data", "axes fraction"), textcoords="offset points", va="top", fontsize=8)
+            top = what == "loss"
+            axes.annotate(f"pruned to {after[round_ + 1]:.0%}", (epoch + 0.5, float(top)), rotation=90, fontsize=8,
+                          xycoords=("data", "axes fraction"), xytext=(3, -4 if top else 4),
+                          textcoords="offset points", va="top" if top else "bottom")
         axes.set(xlabel="epoch", ylabel=what + (" (%)" if what == "accuracy" else ""))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import checkpoint
 import cifar10
 import commandline
+import compiling
 import quantization
 from train import find_checkpoint, load_network, predict
 
@@ -116,6 +117,8 @@ def main(argv):
     """Test one checkpoint and write down what came out."""
     arguments = parse(argv)
     device, path = commandline.pick_device(arguments.device), find_checkpoint(arguments.checkpoint)
+    if device.type == "cpu":
+        compiling.keep_freed_memory()
     model, network = load_network(path, device)
     dataset = arguments.dataset or network.get("dataset") or network.get("settings", {}).get("dataset", "cifar10")
     kind = cifar10.KINDS[dataset]
@@ -127,7 +130,8 @@ def main(argv):
     data = cifar10.load(dataset, arguments.data)
     result = {"checkpoint": str(path), "dataset": dataset, "device": commandline.device_name(device),
               **test_network(model, data, kind, arguments.precision, device, arguments.batch_size, arguments.limit),
-              "bytes": sizes_of({name: network[name] for name in ("architecture", "widths", "weights")})}
+              "bytes": sizes_of({name: network[name] for name in ("architecture", "widths", "weights", "dataset")
+                                  if name in network})}
     of_run = (path.parent / "config.json").exists()
     picture = arguments.picture or (path.parent / "confusion.png" if of_run else None)
     if picture:
