@@ -27,7 +27,7 @@ import commandline
 import compiling
 import pruning
 import resnet_factorized
-from set_quantization_train import evaluation_weights
+from set_quantization_train import after_step, evaluation_weights
 
 
 @dataclass
@@ -83,7 +83,8 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
         settings["sparsity"] = [1 - math.prod(1 - share for share in settings["sparsity"])]
     commandline.check_settings(settings)
     run = prepare(settings, state)
-    announce(run)
+    with resumable(run):
+        announce(run)
     return None if settings["dry_run"] else run
 
 
@@ -178,6 +179,7 @@ def begin_round(run):
     else:
         shape = one_cycle if settings["schedule"] == "one-cycle" else warm_cosine
         run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: shape(step / steps))
+    after_step(run.model, settings["weights"], settings["binary_scale"])      # binary training starts within [-H, H]
     run.average = copy.deepcopy(run.model).eval() if settings["averaging"] == "ema" else None
 
 

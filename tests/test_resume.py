@@ -387,7 +387,8 @@ def test_ctrl_c_during_a_save_waits_and_names_it(finished, tmp_path, monkeypatch
     out, real = folder_after(finished, 4, tmp_path / "run"), os.fsync
 
     def fsync(handle):
-        os.kill(os.getpid(), signal.SIGINT)
+        if os.readlink(f"/proc/self/fd/{handle}").endswith("last.pt.partial"):
+            os.kill(os.getpid(), signal.SIGINT)
         return real(handle)
     monkeypatch.setattr(os, "fsync", fsync)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
