@@ -6,6 +6,7 @@ the flag of the same name overrides it, so both mean the same.
 import argparse
 import ast
 import math
+import os
 import re
 import signal
 import sys
@@ -145,8 +146,12 @@ def command(main):
     signal.signal(signal.SIGINT, interrupt)
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt as problem:
         sys.exit(report(f"interrupted{'; ' if str(problem) else ''}{problem}", 130))
+    except BrokenPipeError:               # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as problem:
         sys.exit(report(problem, 2))
     except RuntimeError as problem:

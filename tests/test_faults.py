@@ -416,3 +416,12 @@ def test_a_good_run_has_no_error_line(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     rows = list(csv.DictReader((tmp_path / "run" / "history.csv").read_text().splitlines()))
     assert len(rows) == 1 and "model.pt" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    program = [sys.executable, str(ROOT / "profil.py"), "--model", "resnet152"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        shown = process.stderr.read()
+    assert process.returncode in (0, 1) and shown == ""
