@@ -213,7 +213,7 @@ def main(argv):
     if arguments.json:
         print(json.dumps({"network": arguments.model or str(source), **totals}))
     else:
-        print(f"network: {arguments.model or ''} {source}")
+        print(f"network: {f'{arguments.model}, ' if arguments.model else ''}{source}")
         print_table(rows, totals)
     if not arguments.model and (Path(source).parent / "config.json").exists():
         checkpoint.merge_json(Path(source).parent / "report.json", {"profile": {**totals, "layers": [
