@@ -257,9 +257,8 @@ class Batches:
         count = len(images) if chosen is None else len(chosen)
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}; at least 1 is needed")
-        if generator is not None and batch_size > count:
-            raise ValueError(f"batch size {batch_size} is larger than the {count:,} training images; "
-                             f"at most {count:,} fits")
+        if generator is not None:
+            check_batch_fits(batch_size, count)
         self.images = torch.from_numpy(images).to(device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64).to(device)
         self.chosen = torch.arange(count, device=device) if chosen is None else torch.from_numpy(chosen).to(device)
@@ -298,6 +297,13 @@ class Batches:
         return self.images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def check_batch_fits(batch_size, count):
+    """ValueError where a training batch is larger than the set, which would then have no whole batch."""
+    if batch_size > count:
+        raise ValueError(f"batch size {batch_size} is larger than the {count:,} training images; "
+                         f"at most {count:,} fits")
+
+
 def reflect(index, size):
     """Indices outside 0 .. size - 1 mirrored at the edge, as reflect padding reads them."""
     return size - 1 - (size - 1 - index.abs()).abs()
@@ -333,9 +339,7 @@ def loaders(data, dataset, batch_size=32, workers=0, limit=None):
     mirrored = [transforms.RandomHorizontalFlip()] if kind.flip else []
     train, validation = split(data, limit=limit)
     plain, moved = transforms.Compose(plain), transforms.Compose(moved + mirrored + plain)
-    if batch_size > len(train):
-        raise ValueError(f"batch size {batch_size} is larger than the {len(train):,} training images; "
-                         f"at most {len(train):,} fits")
+    check_batch_fits(batch_size, len(train))
     sets = (Split(data.x_train, data.y_train, moved, train), Split(data.x_train, data.y_train, plain, validation),
             Split(data.x_test[:limit], data.y_test[:limit], plain))
     return tuple(torch.utils.data.DataLoader(images, batch_size, shuffle=images is sets[0],

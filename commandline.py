@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 FREE = {"data", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
+GRADUAL = ("polynomial", "constant")      # pruning while training, by a schedule; otherwise between rounds
 BOUNDS = {"batch_size": (1, math.inf), "limit": (2, math.inf), "lr": (1e-12, math.inf), "momentum": (0, 1),
           "weight_decay": (0, math.inf), "label_smoothing": (0, 1), "mix_probability": (0, 1),
           "mix_alpha": (0, math.inf),
@@ -86,7 +87,7 @@ def check_settings(settings):
     epochs, sparsity = settings["epochs"], settings["sparsity"]
     if not epochs or min(epochs) < 1:
         raise ValueError(f"--epochs {' '.join(map(str, epochs))}: each round needs at least 1")
-    if settings["pruning"] in ("polynomial", "constant"):
+    if settings["pruning"] in GRADUAL:
         if len(epochs) != 1 or len(sparsity) != 1:
             raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: gradual pruning takes one of each, "
                              "or as many as the rounds do, which it adds up")

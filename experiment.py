@@ -78,7 +78,7 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
         settings = {**defaults, **lines, **recipe, **given, "lines": lines, "script": Path(script).name}
     settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
     rounds = len(settings["epochs"])
-    if settings["pruning"] in ("polynomial", "constant") and rounds == len(settings["sparsity"]) + 1 > 1:
+    if settings["pruning"] in commandline.GRADUAL and rounds == len(settings["sparsity"]) + 1 > 1:
         settings["epochs"] = [sum(settings["epochs"])]
         settings["sparsity"] = [1 - math.prod(1 - share for share in settings["sparsity"])]
     commandline.check_settings(settings)

@@ -21,8 +21,7 @@ def export(source, target):
     overflows, RuntimeError where what was read back is not the rounded network.
     """
     _, state = load_network(source)
-    network = {name: state[name] for name in ("architecture", "widths", "weights")}
-    network["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
+    network = {name: state[name] for name in ("architecture", "widths", "weights", "dataset")}
     checkpoint.save_compact(target, network)
     written = checkpoint.read(target)["weights"]
     for name, tensor in checkpoint.to_half(state["weights"]).items():

@@ -198,13 +198,13 @@ def main(argv):
     """Profile a checkpoint or an untrained network."""
     arguments = parse(argv)
     if arguments.model:
-        model, source, dataset = resnet_factorized.build(
-            arguments.model, arguments.groups, num_classes=arguments.classes), "untrained", "cifar10"
+        model = resnet_factorized.build(arguments.model, arguments.groups, num_classes=arguments.classes)
+        source = "untrained"
         dataset = "cifar100" if arguments.classes == 100 else "cifar10"
     else:
         source = find_checkpoint(arguments.checkpoint)
         model, state = load_network(source)
-        dataset = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
+        dataset = state["dataset"]
     height, width, channels = cifar10.KINDS[dataset].shape
     rows = count_layers(model, (channels, height, width))
     totals = totals_of(rows, arguments.bits[0], arguments.bits[-1], dataset)

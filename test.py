@@ -120,18 +120,17 @@ def main(argv):
     if device.type == "cpu":
         compiling.keep_freed_memory()
     model, network = load_network(path, device)
-    dataset = arguments.dataset or network.get("dataset") or network.get("settings", {}).get("dataset", "cifar10")
+    dataset = arguments.dataset or network["dataset"]
     kind = cifar10.KINDS[dataset]
     if network["architecture"]["num_classes"] != len(kind.classes):
         raise ValueError(f"{path} tells {network['architecture']['num_classes']} classes apart, "
                          f"{dataset} has {len(kind.classes)}; name the right one with --dataset")
     if not arguments.json:
-        print(f"network: {path}, trained on {network.get('dataset', dataset)}")
+        print(f"network: {path}, trained on {network['dataset']}")
     data = cifar10.load(dataset, arguments.data)
     result = {"checkpoint": str(path), "dataset": dataset, "device": commandline.device_name(device),
               **test_network(model, data, kind, arguments.precision, device, arguments.batch_size, arguments.limit),
-              "bytes": sizes_of({name: network[name] for name in ("architecture", "widths", "weights", "dataset")
-                                  if name in network})}
+              "bytes": sizes_of({name: network[name] for name in ("architecture", "widths", "weights", "dataset")})}
     of_run = (path.parent / "config.json").exists()
     picture = arguments.picture or (path.parent / "confusion.png" if of_run else None)
     if picture:

@@ -122,7 +122,7 @@ def train_epoch(run, bar):
         if run.device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
         loss, correct = train_step(run, images, labels, step)
-        if run.settings["pruning"] in ("polynomial", "constant"):
+        if run.settings["pruning"] in commandline.GRADUAL:
             prune_on_schedule(run, run.epoch * len(run.train) + step)
         totals += torch.stack([loss * len(images), correct])
         seen += len(images)
@@ -172,8 +172,13 @@ def prune_on_schedule(run, step):
         return
     run.masks = pruning.global_masks(run.model, wanted, run.masks, settings["minimum_density"],
                                      score=settings["score"], of="all")
-    for model in (run.model, run.average)[:1 if run.average is None else 2]:
+    for model in networks_of(run):
         pruning.apply_masks(model, run.masks)
+
+
+def networks_of(run):
+    """The network that trains and, where there is one, its average."""
+    return [run.model] if run.average is None else [run.model, run.average]
 
 
 def refuse_nonfinite(run, loss, step):
@@ -185,8 +190,8 @@ def refuse_nonfinite(run, loss, step):
 
 def refuse_nonfinite_state(run, validation_loss):
     """RuntimeError before an epoch is saved whose validation loss, weights or buffers are NaN or infinite."""
-    models = [model for model in (run.model, run.average) if model is not None]
-    tensors = [tensor for model in models for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    tensors = [tensor for model in networks_of(run) for tensor in model.state_dict().values()
+               if tensor.is_floating_point()]
     if not torch.isfinite(torch.nn.utils.get_total_norm(tensors, norm_type=float("inf")) + validation_loss):
         raise RuntimeError(diverged(run, f"validation loss {validation_loss:.3g} or a weight is not finite",
                                     f"step {len(run.train)}"))
@@ -254,11 +259,12 @@ def load_network(path, device="cpu"):
     """(model in evaluation mode, the checkpoint's dictionary); the structure is read from the file.
 
     Of an unfinished run's last.pt it is the averaged network, where there is one:
-    that is what the validation accuracy was measured on.
+    that is what the validation accuracy was measured on. Its `dataset` is filled in.
     """
     state = checkpoint.read(path)
     if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("weights"), dict):
         raise ValueError(f"{path} holds no network: architecture or weights are missing")
+    state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
     if state.get("average"):
         state["weights"] = state["average"]
     model = resnet_factorized.build(**state["architecture"])
