@@ -66,6 +66,9 @@ def training_parser(description, choices, datasets):
         parser.add_argument("--" + name, type=int, help=what)
     for name in ("lr", "momentum", "weight-decay", "label-smoothing", "mix-probability", "mix-alpha", "ema-decay"):
         parser.add_argument("--" + name, type=float)
+    parser.add_argument("--mix-per-sample", action="store_true", help="each image is mixed with its own draw")
+    parser.add_argument("--recalibrate", action="store_true",
+                        help="recompute batch norm's statistics on training images after pruning and each round")
     parser.add_argument("--binary-scale", choices=["one", "glorot"], help="H of binary weights")
     parser.add_argument("--compile", choices=["auto", "on", "off"], help="auto: where it pays and a compiler is there")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps")

@@ -42,6 +42,7 @@ class Run:
     generator: torch.Generator
     train: object
     validation: object
+    calibration: object = None    # training images as they are, for batch norm's statistics
     masks: dict = field(default_factory=dict)
     history: list = field(default_factory=list)
     round: int = 0
@@ -72,7 +73,7 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
                              "it cannot be resumed")
         if state["settings"].get("script") != Path(script).name:
             raise ValueError(f"{given['out']} is a run of {state['settings'].get('script')}; that script resumes it")
-        settings = commandline.settings_to_resume(state, lines, given)
+        settings = {**defaults, **commandline.settings_to_resume(state, lines, given)}
     else:
         recipe = recipes.get(given.get("recipe"), {})
         settings = {**defaults, **lines, **recipe, **given, "lines": lines, "script": Path(script).name}
@@ -103,35 +104,50 @@ def prepare(settings, state):
         way = "--resume continues it" if (out / "last.pt").exists() else "it has no checkpoint yet: delete it"
         raise ValueError(f"{out} holds another run; {way}, another --out starts a new one")
     settings["out"] = str(out)
+    architecture, kind = architecture_of(settings), cifar10.KINDS[settings["dataset"]]
     device = commandline.pick_device(settings["device"])
-    data, kind = cifar10.load(settings["dataset"], settings["data"]), cifar10.KINDS[settings["dataset"]]
+    data = cifar10.load(settings["dataset"], settings["data"])
     if not settings["dry_run"]:
         cifar10.check_folder(out)
         checkpoint.remove_partial(out)
     torch.manual_seed(settings["seed"])
     generator = torch.Generator(device).manual_seed(settings["seed"])
-    train, validation = make_batches(data, kind, settings, device, generator)
-    architecture = {"name": settings["model"], "groups": settings["groups"], "shuffle": settings["shuffle"],
-                    "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
+    train, validation, calibration = make_batches(data, kind, settings, device, generator)
     model = resnet_factorized.build(**architecture).to(device)
     if device.type == "cpu" and settings["recipe"] != "published":
         compiling.keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         model = model.to(memory_format=torch.channels_last)
-    run = Run(settings, out, device, architecture, model, generator, train, validation, forward=model)
+    run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, forward=model)
     if state is not None:
         restore(run, state)
     return run
 
 
+def architecture_of(settings):
+    """What rebuilds the network; ValueError for one that cannot be, or that has not the layers to exclude."""
+    kind = cifar10.KINDS[settings["dataset"]]
+    architecture = {"name": settings["model"], "groups": settings["groups"], "shuffle": settings["shuffle"],
+                    "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
+    with torch.device("meta"):
+        pruning.prunable(resnet_factorized.build(**architecture), settings["exclude"])
+    return architecture
+
+
 def make_batches(data, kind, settings, device, generator):
-    """Training and validation batches; the published recipe takes torchvision's transforms and a DataLoader."""
-    if settings["recipe"] == "published":
-        return cifar10.loaders(data, settings["dataset"], settings["batch_size"], limit=settings["limit"])[:2]
+    """Batches of training, of validation, and of 5,000 training images as they are, for batch norm's statistics.
+
+    The published recipe takes torchvision's transforms and a DataLoader for the first two.
+    """
     train, validation = cifar10.split(data, limit=settings["limit"])
+    calibration = cifar10.Batches(data.x_train, data.y_train, 500, kind, device, chosen=train[:5_000])
+    if settings["recipe"] == "published":
+        shuffled, plain, _ = cifar10.loaders(data, settings["dataset"], settings["batch_size"],
+                                             limit=settings["limit"])
+        return shuffled, plain, calibration
     return (cifar10.Batches(data.x_train, data.y_train, settings["batch_size"], kind, device, generator, chosen=train),
-            cifar10.Batches(data.x_train, data.y_train, 500, kind, device, chosen=validation))
+            cifar10.Batches(data.x_train, data.y_train, 500, kind, device, chosen=validation), calibration)
 
 
 def announce(run):

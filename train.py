@@ -46,12 +46,12 @@ AVERAGING = "ema"             # exponential moving average of the weights
 
 DEFAULTS = {
     "dataset": "cifar10", "data": "data", "epochs": [30], "sparsity": [],
-    "pruning": "none", "score": "l1", "minimum_density": 0.01, "prune_begin": 0.1, "prune_end": 0.6,
-    "prune_frequency": 100,
+    "pruning": "none", "score": "l1", "minimum_density": 0.01, "exclude": [], "prune_begin": 0.1, "prune_end": 0.6,
+    "prune_frequency": 100, "recalibrate": False,
     "batch_size": 64, "lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
-    "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "ema_decay": 0.998, "binary_scale": "one",
-    "recipe": "ours", "compile": "auto", "device": "auto", "seed": 0, "limit": None,
-    "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
+    "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "mix_per_sample": False,
+    "ema_decay": 0.998, "binary_scale": "one", "recipe": "ours", "compile": "auto", "device": "auto", "seed": 0,
+    "limit": None, "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
 }
 RECIPES = {"published": {    # the run that this project started from; measure() has its four passes an epoch
     "shuffle": False, "mixing": "cutmix", "mix_probability": 1.0, "schedule": "plateau", "averaging": "none",
@@ -96,6 +96,8 @@ def run_epoch(run, bar):
     begun, rate = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
     loss, accuracy = train_epoch(run, bar)
     trained = time.perf_counter() - begun
+    if run.settings["recalibrate"] and run.epoch + 1 == run.settings["epochs"][run.round]:
+        recalibrate(run, networks_of(run)[-1])
     validation_loss, validation_accuracy = measure(run)
     if run.settings["schedule"] == "plateau":
         run.schedule.step(validation_loss)
@@ -141,7 +143,7 @@ def train_step(run, images, labels, step):
     targets = F.one_hot(labels, run.architecture["num_classes"]).to(images.dtype)
     if settings["mixing"] != "none":
         images, targets = MIXINGS[settings["mixing"]](images, targets, run.generator, settings["mix_alpha"],
-                                                      settings["mix_probability"])
+                                                      settings["mix_probability"], settings["mix_per_sample"])
     run.optimizer.zero_grad(set_to_none=True)
     with step_weights(run.model, settings["weights"], settings["binary_scale"], run.generator, run.masks):
         with autocast(run.device):
@@ -170,8 +172,8 @@ def prune_on_schedule(run, step):
               else pruning.polynomial_schedule(step, 0.0, sparsity, *when))
     if wanted is None:
         return
-    run.masks = pruning.global_masks(run.model, wanted, run.masks, settings["minimum_density"],
-                                     score=settings["score"], of="all")
+    run.masks = pruning.global_masks(run.model, wanted, run.masks, settings["minimum_density"], settings["exclude"],
+                                     settings["score"], of="all")
     for model in networks_of(run):
         pruning.apply_masks(model, run.masks)
 
@@ -224,9 +226,15 @@ def measure(run):
     if run.settings["recipe"] == "published":
         evaluate(run.model, run.train, run.device)
         return evaluate(run.model, run.validation, run.device)[0], evaluate(run.model, run.validation, run.device)[1]
-    model = run.model if run.average is None else run.average
+    model = networks_of(run)[-1]
     with evaluation_weights(model, run.settings["weights"], run.settings["binary_scale"], run.masks):
         return evaluate(model, run.validation, run.device)
+
+
+def recalibrate(run, model):
+    """Batch norm's statistics of `model`, with the weights it is evaluated with, from unaugmented training images."""
+    with evaluation_weights(model, run.settings["weights"], run.settings["binary_scale"], run.masks):
+        pruning.recalibrate(model, run.calibration)
 
 
 def evaluate(model, batches, device):

@@ -8,7 +8,7 @@ run, `--dry-run` says how long a run will take.
 import commandline
 import pruning
 from experiment import finish, resumable, start
-from train import DEFAULTS, RECIPES, fit
+from train import DEFAULTS, RECIPES, fit, recalibrate
 
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
@@ -46,6 +46,7 @@ def add_flags(parser):
     """The flags that only pruning has."""
     parser.add_argument("--sparsity", type=float, nargs="+", help="share of the remaining weights pruned after a round")
     parser.add_argument("--minimum-density", type=float, help="share of each layer that is never pruned (0.01)")
+    parser.add_argument("--exclude", nargs="+", metavar="LAYER", help="layers that are never pruned, such as conv1")
     parser.add_argument("--prune-begin", type=float, help="share of the training at which gradual pruning begins (0.1)")
     parser.add_argument("--prune-end", type=float, help="and at which it ends (0.6)")
     parser.add_argument("--prune-frequency", type=int, help="and the steps between (100)")
@@ -54,8 +55,11 @@ def add_flags(parser):
 def prune(run):
     """Prune the network of `run` once and step to the next round, whose optimizer starts afresh."""
     sparsity, floor = run.settings["sparsity"][run.round], run.settings["minimum_density"]
-    run.masks = pruning.global_masks(run.model, sparsity, run.masks, floor, score=run.settings["score"])
+    run.masks = pruning.global_masks(run.model, sparsity, run.masks, floor, run.settings["exclude"],
+                                     run.settings["score"])
     pruning.apply_masks(run.model, run.masks)
+    if run.settings["recalibrate"]:
+        recalibrate(run, run.model)
     run.round, run.epoch, run.optimizer = run.round + 1, 0, None
     held = pruning.held_layers(run.masks, floor)
     print(f"pruned {100 * sparsity:.0f} % of the remaining weights: {100 * pruning.sparsity_of(run.model):.2f} % zeros"

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
-    {"train", "train_pruning", "test", "profil", "benchmark", "export", "report"},
+    {"train", "train_pruning", "test", "profil", "benchmark", "export", "report", "study"},
     {"experiment"},
     {"set_cutmix_train", "set_mixup_train", "set_quantization_train", "set_distillation_train"},
     {"pruning", "filter_pruning", "morphnet", "binaryconnect", "quantization"},

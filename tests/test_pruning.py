@@ -143,6 +143,28 @@ def test_torch_prunes_its_own_zeros_again_after_remove():
     assert pruning.sparsity_of(ours) == 0.91
 
 
+@pytest.mark.parametrize("momentum, decay", [(0.9, 0.0), (0.0, 1e-2), (0.9, 1e-2)])
+def test_torch_revives_weights_that_are_trained_after_remove(momentum, decay):
+    """Its zeros move at the next step; ours stay, with the same optimizer, by mask (as in `train.train_step`)."""
+    images, revived = torch.randn(16, 20), {}
+    for masked in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(20, 10)
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum, weight_decay=decay)
+        masks = pruning.global_masks(nn.Sequential(layer), 0.7)
+        if not masked:
+            prune.global_unstructured([(layer, "weight")], prune.L1Unstructured, amount=0.7)
+            prune.remove(layer, "weight")
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(images).square().sum().backward()
+            optimizer.step()
+            if masked:
+                pruning.apply_masks(nn.Sequential(layer), masks)
+        revived[masked] = int((layer.weight != 0).sum()) - 60
+    assert revived == {False: 140, True: 0}
+
+
 def test_torch_modules_cannot_be_copied_once_pruned_and_ours_can():
     images = torch.randn(2, 3, 8, 8)
     theirs, ours = small_model(), small_model()

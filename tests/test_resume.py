@@ -204,6 +204,36 @@ def test_published_recipe_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("flags", [
+    "--weights binary --mixing mixup --recalibrate --sparsity 0.5",
+    "--weights binary-stochastic --binary-scale glorot --mix-per-sample --score lamp --exclude conv1 --sparsity 0.5",
+    "--weights binary --averaging none --pruning polynomial --prune-frequency 1 --sparsity 0.8"])
+def test_techniques_together_go_on_bit_for_bit(flags, tmp_path, monkeypatch):
+    flags = [*SHORT, "--batch-size", "16", "--epochs", "2", "1", *shlex.split(flags)]
+    train_pruning.main([*flags, "--out", str(tmp_path / "whole")])
+    stops = 0
+    with monkeypatch.context() as patch:
+        stop_after_a_save(patch)
+        while stops < 3:
+            with pytest.raises(Stop):
+                train_pruning.main(["--resume", "--out", str(tmp_path / "parts")] if stops
+                                   else [*flags, "--out", str(tmp_path / "parts")])
+            stops += 1
+            torch.manual_seed(1000)
+    resume(tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_run_begun_before_a_setting_existed_goes_on_with_its_default(finished, tmp_path):
+    out = folder_after(finished, 4, tmp_path / "run")
+    state = checkpoint.read(out / "last.pt")
+    for name in ("mix_per_sample", "recalibrate", "exclude"):
+        del state["settings"][name]
+    checkpoint.save(out / "last.pt", state)
+    resume(out)
+    assert same(checkpoint.read(out / "model.pt"), checkpoint.read(finished.out / "model.pt"))
+
+
 # ---- pruned weights
 
 def assert_zeros(state, masks):

@@ -6,7 +6,9 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import checkpoint
 import commandline
 import experiment
+import profil
 import pruning
+import report
+import test as half_test
 import train
 import train_pruning
 
@@ -311,11 +316,11 @@ def test_no_mixing_draws_nothing(tmp_path):
 def test_mixed_batch_is_what_the_network_sees_and_learns(tmp_path, monkeypatch):
     images, labels = random_batches(1)[0]
     seen, model = [], linear_model()
-    run = start_run(tmp_path, model, [None], mixing="cutmix", label_smoothing=0.0)
+    run = start_run(tmp_path, model, [None], mixing="cutmix", mix_per_sample=True, label_smoothing=0.0)
     soft = torch.softmax(torch.randn(8, 10), 1)
 
-    def half(images, targets, generator, alpha, probability):
-        assert generator is run.generator and (alpha, probability) == (1.0, 0.5)
+    def half(images, targets, generator, alpha, probability, per_sample):
+        assert generator is run.generator and (alpha, probability, per_sample) == (1.0, 0.5, True)
         assert torch.equal(targets, F.one_hot(labels, 10).float())
         return images / 2, soft
     monkeypatch.setitem(train.MIXINGS, "cutmix", half)
@@ -462,7 +467,97 @@ def test_averaged_weights_are_the_ones_measured(tmp_path):
     assert train.measure(run)[0] == pytest.approx(math.log(10), rel=1e-6)
 
 
+def batch_norm_run(tmp_path, **settings):
+    """A run of a convolution with batch norm over one batch; calibration images are far from those that train it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 10))
+    run = start_run(tmp_path, model, random_batches(1), averaging="ema", **settings)
+    run.validation, run.calibration = random_batches(2, seed=1), [(random_batches(1, seed=2)[0][0] + 5,)]
+    return run, model
+
+
+@pytest.mark.parametrize("weights", ["float", "binary"])
+def test_recalibration_ends_a_round_with_the_statistics_of_the_calibration_images(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "save", lambda run: None)
+    means = {}
+    for wanted in (False, True):
+        run, model = batch_norm_run(tmp_path, epochs=[2], recalibrate=wanted, weights=weights)
+        train.run_epoch(run, SimpleNamespace(update=lambda count: None, disable=True))
+        early = run.average[1].running_mean.clone()
+        train.fit(run)
+        convolution = copy.deepcopy(model[0])
+        if weights == "binary":
+            convolution.weight.data = torch.where(convolution.weight >= 0, 1.0, -1.0)
+        with torch.no_grad():
+            expected = convolution(run.calibration[0][0]).mean((0, 2, 3))
+        means[wanted] = torch.allclose(model[1].running_mean, expected, atol=1e-4)
+        assert not torch.allclose(early, expected, atol=0.1)       # not before the round's end
+    assert means == {False: False, True: True}
+
+
+def test_recalibration_follows_pruning(tmp_path):
+    run, model = batch_norm_run(tmp_path, epochs=[1, 1], sparsity=[0.7], recalibrate=True)
+    train_pruning.prune(run)
+    with torch.no_grad():
+        expected = model[0](run.calibration[0][0]).mean((0, 2, 3))
+    assert torch.allclose(model[1].running_mean, expected, atol=1e-4) and run.round == 1
+
+
 # ---- whole runs
+
+@pytest.mark.parametrize("kind", ["rounds", "polynomial"])
+def test_excluded_layers_keep_all_their_weights(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_pruning.main([*SHORT, "--epochs", "1", "1", "--sparsity", "0.9", "--pruning", kind, "--exclude", "conv1",
+                        "linear", "--limit", "16", "--batch-size", "8", "--prune-frequency", "1", "--out", "run"])
+    model, masks = train.load_network("run/model.pt")[0], checkpoint.read("run/last.pt")["masks"]
+    assert bool((model.conv1.weight != 0).all()) and bool((model.linear.weight != 0).all())
+    pruned = pruning.prunable(model, ["conv1", "linear"])
+    total = sum(weight.numel() for weight in pruned.values())
+    assert set(masks) == set(pruned) and pruning.sparsity_of(model, ["conv1", "linear"]) == round(0.9 * total) / total
+
+
+def test_layer_to_exclude_that_is_not_there_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no convolution or linear layer is called 'head'; there are conv1, "):
+        train_pruning.main([*SHORT, "--exclude", "head", "--out", "run"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_per_sample_mixing_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out, flags in (("a", ["--mix-per-sample"]), ("b", [])):
+        train.main([*SHORT, "--epochs", "1", "--limit", "16", "--batch-size", "8", "--mix-probability", "1", *flags,
+                    "--out", out])
+    assert json.loads(Path("a/config.json").read_text())["settings"]["mix_per_sample"] is True
+    assert not torch.equal(*(checkpoint.read(f"{out}/model.pt")["weights"]["linear.weight"] for out in "ab"))
+
+
+def test_cifar100_through_the_whole_job(tmp_path, monkeypatch, capsys):
+    """100 classes from files to scores; random pixels of the real data set's shapes and counts."""
+    monkeypatch.chdir(tmp_path)
+    random, arrays = np.random.RandomState(0), {}
+    for part, count in (("train", 50_000), ("test", 10_000)):
+        arrays[f"x_{part}"] = random.randint(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        arrays[f"y_{part}"] = random.permutation(np.arange(count) % 100)
+    Path("data").mkdir()
+    np.savez("data/cifar100.npz", **arrays)
+    train_pruning.main(["--dataset", "cifar100", "--device", "cpu", "--compile", "off", "--epochs", "1", "1",
+                        "--sparsity", "0.9", "--limit", "32", "--batch-size", "16", "--out", "run"])
+    half_test.main(["--checkpoint", "run/model.pt", "--limit", "200", "--json"])
+    tested = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert tested["dataset"] == "cifar100" and len(tested["classes"]) == 100 and tested["images"] == 200
+    profil.main(["--checkpoint", "run/model.pt", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == 1_411_146 + 90 * 513 and found["macs"] == 70_980_608 + 90 * 512
+    zeros = round(0.9 * (found["parameters"] - 9_600 - 100))        # batch norm and the classifier's biases stay
+    values, entries = found["parameters"] - zeros, found["parameters"] - 9_600 - 100
+    assert found["nonzero"] == values
+    assert found["score_micronet"] == pytest.approx(
+        (values * 16 + entries) / 32 / 36_479_194 + found["macs"] / 5_243_328_768, rel=1e-6)
+    report.main(["run", "--out", "results"])
+    assert "| cifar100 |" in Path("results/table.md").read_text()
+
 
 def test_pruning_run_leaves_nine_percent_in_every_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,189 @@
+"""Many runs, one table: `python study.py studies/ablation.json`.
+
+A study is a JSON file: `flags` that all its runs share, `seeds`, and `arms`, each
+with a `group`, a `name` and the `run` that makes it (a training script and its
+own flags). Every arm is trained for every seed, exported as one compact file,
+and that file is tested. Stopped, it goes on where it was when it is called
+again. Writes results/<study>/ with runs.csv (one row a run), table.csv and
+table.md (mean and standard deviation over the seeds) and accuracy.png.
+"""
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoint
+import cifar10
+import commandline
+
+HERE = Path(__file__).resolve().parent
+PARTS = {"flags": str, "seeds": list, "arms": list}
+
+
+def read_study(path):
+    """The study in a JSON file; ValueError where a part is absent or of another form."""
+    try:
+        study = json.loads(Path(path).read_text())
+    except ValueError as problem:
+        raise ValueError(f"{path} is no JSON: {problem}") from None
+    for name, form in PARTS.items():
+        if not isinstance(study.get(name), form) or not study[name] and form is list:
+            raise ValueError(f"{path}: {name!r} must be a {form.__name__}" + (" that is not empty" * (form is list)))
+    for place, arm in enumerate(study["arms"]):
+        if not isinstance(arm, dict) or not all(isinstance(arm.get(part), str) for part in ("group", "name", "run")):
+            raise ValueError(f"{path}: arm {place} must have a group, a name and a run, all text")
+        if arm["run"].split()[:1] not in (["train.py"], ["train_pruning.py"]):
+            raise ValueError(f"{path}: arm {arm['name']!r} must run train.py or train_pruning.py")
+    names = [arm["name"] for arm in study["arms"]]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: two arms are called {twice[0]!r}")
+    return study
+
+
+def folder_of(study, arm, seed):
+    """Where a run of an arm is: runs/<study>-<arm>-<seed>."""
+    words = "".join(letter if letter.isalnum() else " " for letter in arm["name"]).split()
+    return Path("runs") / "-".join([study, *words, f"s{seed}"])
+
+
+def train_arm(arm, flags, seed, folder):
+    """Train one run to its end in a process of its own, from where it stands. RuntimeError where that fails."""
+    if (folder / "model.pt").exists():
+        return
+    script, *own = shlex.split(arm["run"])
+    command = [script, "--resume"] if (folder / "last.pt").exists() else [script, *shlex.split(flags), *own,
+                                                                         "--seed", str(seed)]
+    print(f"\n{arm['name']}, seed {seed}: python {shlex.join(command)} --out {folder}", flush=True)
+    call([*command, "--out", str(folder)])
+
+
+def call(command, **options):
+    """Run a script of this project. RuntimeError that names it where it fails."""
+    done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], **options)
+    if done.returncode:
+        raise RuntimeError(f"python {shlex.join(command)} failed with exit code {done.returncode}; "
+                           "called again, the study goes on from there")
+    return done.stdout
+
+
+def measure_arm(folder, data):
+    """Export a run's network, test the exported file, and keep what came out beside it. Returns a dictionary."""
+    exported, measured = folder / "exported.pt.gz", folder / "exported.json"
+    if not measured.exists():
+        call(["export.py", "--checkpoint", str(folder / "model.pt"), "--out", str(exported)], capture_output=True)
+        test = json.loads(call(["test.py", "--checkpoint", str(exported), "--data", data, "--json"],
+                               stdout=subprocess.PIPE, text=True))
+        profile = json.loads(call(["profil.py", "--checkpoint", str(exported), "--json"],
+                                  stdout=subprocess.PIPE, text=True))
+        kept = {"test_accuracy": test["accuracy"], "test_images": test["images"], "precision": test["precision"],
+                "bytes": exported.stat().st_size} | {name: profile[name] for name in
+                                                     ("parameters", "nonzero", "sparsity", "macs", "binary_weights",
+                                                      "score_course")}
+        checkpoint.write(measured, json.dumps(kept, indent=1).encode())
+    return json.loads(measured.read_text())
+
+
+def row_of(arm, seed, folder, data):
+    """The row of runs.csv of one finished run."""
+    import pandas as pd
+    config, history = json.loads((folder / "config.json").read_text()), pd.read_csv(folder / "history.csv")
+    settings, last = config["settings"], history.iloc[-1]
+    return {"group": arm["group"], "arm": arm["name"], "seed": seed, "run": arm["run"],
+            "epochs": "+".join(map(str, settings["epochs"])), "images_an_epoch": settings["limit"] or "all",
+            "validation_accuracy": last["validation_accuracy"], "validation_loss": last["validation_loss"],
+            "train_accuracy": last["train_accuracy"], **measure_arm(folder, data),
+            "minutes": round(history["seconds"].sum() / 60, 2),
+            "images_per_second": history["images_per_second"].median(), "device": config["device"],
+            "torch": config["versions"]["torch"], "started": config["started"]}
+
+
+def table_of(runs):
+    """One row an arm: n, mean and standard deviation over its seeds. runs: a DataFrame of `row_of` rows."""
+    by_arm = runs.groupby(["group", "arm"], sort=False)
+    numbers = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes",
+               "score_course", "minutes", "images_per_second"]
+    table = by_arm[numbers].mean()
+    table.insert(0, "n", by_arm.size())
+    for name in ("validation_accuracy", "test_accuracy"):
+        table.insert(list(table).index(name) + 1, f"{name}_sd", by_arm[name].std())
+    return table.reset_index()
+
+
+def markdown_of(table):
+    """The table for a README."""
+    lines = ["| group | arm | n | validation % | test %, exported file | parameters left | MACs | bytes | minutes |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for row in table.to_dict("records"):
+        spread = {name: "" if row["n"] < 2 else f" ± {row[f'{name}_sd']:.2f}"
+                  for name in ("validation_accuracy", "test_accuracy")}
+        lines.append("| {group} | {arm} | {n} | {validation_accuracy:.2f}{0} | {test_accuracy:.2f}{1} | {nonzero:,.0f} "
+                     "| {macs:,.0f} | {bytes:,.0f} | {minutes:.1f} |".format(*spread.values(), **row))
+    return "\n".join(lines) + "\n"
+
+
+def draw_accuracy(path, table, title):
+    """Validation accuracy by arm, groups by colour, with the standard deviation over seeds where there are some."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.32 * len(table)), layout="constrained")
+    places = {name: len(table) - place for place, name in enumerate(table["arm"])}
+    for group, rows in table.groupby("group", sort=False):
+        axes.errorbar(rows["validation_accuracy"], [places[name] for name in rows["arm"]], fmt="o", capsize=3,
+                      xerr=rows["validation_accuracy_sd"].fillna(0), label=group)
+    for row in table.itertuples():
+        axes.annotate(f"{row.validation_accuracy:.1f}", (row.validation_accuracy, places[row.arm]), xytext=(0, 6),
+                      textcoords="offset points", ha="center", fontsize=7)
+    axes.set_yticks(list(places.values()), list(places))
+    axes.grid(axis="x", alpha=0.4)
+    axes.set(xlabel="validation accuracy (%)")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_results(out, study, rows):
+    """runs.csv, table.csv, table.md and accuracy.png of the rows that there are."""
+    import pandas as pd
+    runs = pd.DataFrame(rows)
+    table = table_of(runs)
+    cifar10.check_folder(out)
+    checkpoint.write(out / "runs.csv", runs.to_csv(index=False).encode())
+    checkpoint.write(out / "table.csv", table.to_csv(index=False, float_format="%.6g").encode())
+    checkpoint.write(out / "table.md", markdown_of(table).encode())
+    draw_accuracy(out / "accuracy.png", table, study.get("title", out.name))
+    return table
+
+
+def main(argv):
+    """Train what is not trained yet, measure, write the table."""
+    parser = commandline.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", help="the study's JSON file")
+    parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
+    parser.add_argument("--out", help="where the table goes (results/<study>)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
+    parser.add_argument("--finished", action="store_true", help="train nothing: the table of the runs that are there")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    arguments = parser.parse_args(argv)
+    study, name = read_study(arguments.study), Path(arguments.study).stem
+    out = Path(arguments.out or Path("results") / name)
+    flags, rows = f"{study['flags']} --data {shlex.quote(arguments.data)}", []
+    for seed in arguments.seeds or study["seeds"]:
+        for arm in study["arms"]:
+            folder = folder_of(name, arm, seed)
+            if arguments.finished and not (folder / "model.pt").exists():
+                continue
+            train_arm(arm, flags, seed, folder)
+            rows.append(row_of(arm, seed, folder, arguments.data))
+            write_results(out, study, rows)
+    if not rows:
+        raise FileNotFoundError(f"no run of {name} is finished")
+    table = write_results(out, study, rows)
+    print(markdown_of(table) + f"\nwritten: {out}/runs.csv, table.csv, table.md, accuracy.png")
+
+
+if __name__ == "__main__":
+    commandline.command(main)
