@@ -236,12 +236,13 @@ def network_of(model, architecture):
 def load_weights(model, architecture, state):
     """Put a checkpoint's weights into `model`, which was built from `architecture`.
 
-    Layers take the widths that the file names; half precision is widened to the
-    model's type. Raises ValueError with both architectures and the first tensors
+    Layers take the widths that the file names, those it does not name are removed,
+    and index buffers of removed channels come with it; half precision is widened
+    to the model's type. Raises ValueError with both architectures and the first tensors
     that differ.
     """
     if state.get("architecture") == architecture:
-        resize(model, state.get("widths", {}))
+        resize(model, state.get("widths", {}), state["weights"])
     theirs, ours = state["weights"], model.state_dict()
     wrong = [f"{name} is {describe(theirs.get(name))} in the file, {describe(ours.get(name))} in the network"
              for name in {**ours, **theirs} if describe(theirs.get(name)) != describe(ours.get(name))]
@@ -257,22 +258,38 @@ def describe(tensor):
     return "absent" if tensor is None else "x".join(map(str, tensor.shape)) or "one number"
 
 
-def resize(model, widths):
-    """Give every layer the width that a file names; the weights of a changed layer are then undefined."""
-    current = widths_of(model)
-    for name, width in widths.items():
-        if name not in current or current[name] == width:
-            continue
-        layer = model.get_submodule(name)
-        if isinstance(layer, nn.Conv2d):
-            fresh = nn.Conv2d(*width, layer.kernel_size, layer.stride, layer.padding, groups=layer.groups,
-                              bias=layer.bias is not None)
-        elif isinstance(layer, nn.Linear):
-            fresh = nn.Linear(*width, bias=layer.bias is not None)
-        else:
-            fresh = nn.BatchNorm2d(*width)
-        device, dtype = next(layer.parameters()).device, next(layer.parameters()).dtype
-        model.set_submodule(name, fresh.to(device, dtype).train(layer.training))
+def resize(model, widths, weights):
+    """Give every layer the width that a file has, and remove those that it lacks.
+
+    The weights of a changed layer are then undefined. weights: the file's tensors;
+    their shapes tell the groups of a convolution, and a buffer that is None in
+    `model` and a tensor in the file is made.
+    """
+    for name, width in widths_of(model).items() if widths else ():
+        parent, _, leaf = name.rpartition(".")
+        layer, weight = model.get_submodule(name), weights.get(f"{name}.weight")
+        if name not in widths:
+            setattr(model.get_submodule(parent), leaf, None)
+        elif widths[name] != width:
+            some = next(layer.parameters())
+            fresh = layer_like(layer, widths[name], weight).to(some.device, some.dtype).train(layer.training)
+            setattr(model.get_submodule(parent), leaf, fresh)
+    for parent, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            made = weights.get(f"{parent}.{leaf}")
+            if buffer is None and made is not None:
+                setattr(module, leaf, torch.zeros_like(made, device=next(module.parameters()).device))
+
+
+def layer_like(layer, width, weight=None):
+    """A fresh layer of the kind of `layer` and another width; the shape of `weight` gives a convolution's groups."""
+    if isinstance(layer, nn.Conv2d):
+        groups = layer.groups if weight is None else width[0] // max(1, weight.shape[1])
+        return nn.Conv2d(*width, layer.kernel_size, layer.stride, layer.padding, groups=groups,
+                         bias=layer.bias is not None)
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(*width, bias=layer.bias is not None)
+    return nn.BatchNorm2d(*width)
 
 
 # ---- compact files

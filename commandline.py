@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 
 FREE = {"data", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
-GRADUAL = ("polynomial", "constant")      # pruning while training, by a schedule; otherwise between rounds
+GRADUAL = ("polynomial", "constant")      # weights pruned while training, by a schedule; otherwise between rounds
+SHRINKING = ("filters", "l1_cycle", "morphnet")       # whole channels leave the network
 BOUNDS = {"batch_size": (1, math.inf), "limit": (2, math.inf), "lr": (1e-12, math.inf), "momentum": (0, 1),
           "weight_decay": (0, math.inf), "label_smoothing": (0, 1), "mix_probability": (0, 1),
           "mix_alpha": (0, math.inf),
           "ema_decay": (0, 1), "minimum_density": (0, 1), "prune_begin": (0, 1), "prune_end": (0, 1),
-          "prune_frequency": (1, math.inf), "seed": (0, 2**63 - 1)}
+          "prune_frequency": (1, math.inf), "filter_threshold": (0, math.inf), "filter_interval": (1, math.inf),
+          "filter_stop": (0, 1), "stop_loss": (0, math.inf), "seed": (0, 2**63 - 1)}
 
 
 def read_lines(path):
@@ -69,9 +71,14 @@ def training_parser(description, choices, datasets):
     parser.add_argument("--mix-per-sample", action="store_true", help="each image is mixed with its own draw")
     parser.add_argument("--recalibrate", action="store_true",
                         help="recompute batch norm's statistics on training images after pruning and each round")
+    for name, what in (("activation", "of the small networks: relu, gelu, tanh, ..."),
+                       ("pooling", "of LeNet-5: max or average"),
+                       ("shortcut", "of ResNet-20 to 110: A (pad) or B (1x1 convolution)")):
+        parser.add_argument("--" + name, help=what)
     parser.add_argument("--binary-scale", choices=["one", "glorot"], help="H of binary weights")
     parser.add_argument("--compile", choices=["auto", "on", "off"], help="auto: where it pays and a compiler is there")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--start", metavar="CHECKPOINT", help="begin with the weights of this checkpoint")
     parser.add_argument("--out", help="folder of the run (runs/<data set>-<model>-<time>)")
     for name, what in (("resume", "continue the run in --out, or the newest one"),
                        ("force", "resume although settings differ"),
@@ -90,7 +97,14 @@ def check_settings(settings):
     epochs, sparsity = settings["epochs"], settings["sparsity"]
     if not epochs or min(epochs) < 1:
         raise ValueError(f"--epochs {' '.join(map(str, epochs))}: each round needs at least 1")
-    if settings["pruning"] in GRADUAL:
+    if settings["pruning"] in SHRINKING:
+        if sparsity or not epochs or len(epochs) > 1 and settings["pruning"] == "filters":
+            raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: pruning {settings['pruning']!r} "
+                             "removes channels, so it takes one number of epochs and no --sparsity")
+        if settings["filter_relative"] and settings["filter_threshold"] >= 1:
+            raise ValueError(f"--filter-threshold {settings['filter_threshold']}: as a share of a layer's largest "
+                             "norm it must be below 1; --no-filter-relative takes a norm")
+    elif settings["pruning"] in GRADUAL:
         if len(epochs) != 1 or len(sparsity) != 1:
             raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: gradual pruning takes one of each, "
                              "or as many as the rounds do, which it adds up")

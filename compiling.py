@@ -41,6 +41,14 @@ def choose_forward(model, wanted, images, shape, autocast, device):
         return model, time_steps(model, model, small, autocast, device), f"eager ({reason})"
 
 
+def again(model, forward):
+    """What to call in place of a model whose shapes have changed: compiled anew where it was compiled."""
+    if forward is model:
+        return model
+    torch._dynamo.reset()                 # the graphs of the old shapes are of no more use
+    return torch.compile(model)
+
+
 def why_eager(wanted, images):
     """The reason not to compile, or None. ValueError for "on" without a compiler."""
     if wanted == "off":

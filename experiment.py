@@ -25,6 +25,8 @@ import checkpoint
 import cifar10
 import commandline
 import compiling
+import filter_pruning
+import models
 import pruning
 import resnet_factorized
 from set_quantization_train import after_step, evaluation_weights
@@ -78,15 +80,23 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
         recipe = recipes.get(given.get("recipe"), {})
         settings = {**defaults, **lines, **recipe, **given, "lines": lines, "script": Path(script).name}
     settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
-    rounds = len(settings["epochs"])
-    if settings["pruning"] in commandline.GRADUAL and rounds == len(settings["sparsity"]) + 1 > 1:
-        settings["epochs"] = [sum(settings["epochs"])]
-        settings["sparsity"] = [1 - math.prod(1 - share for share in settings["sparsity"])]
+    if state is None:
+        settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
+        join_rounds(settings, "sparsity" in given)
     commandline.check_settings(settings)
     run = prepare(settings, state)
     with resumable(run):
         announce(run)
     return None if settings["dry_run"] else run
+
+
+def join_rounds(settings, sparsity_given):
+    """Pruning that is not between rounds takes the epochs of all as one round, and what the sparsities compound to."""
+    if settings["pruning"] in commandline.GRADUAL and len(settings["epochs"]) == len(settings["sparsity"]) + 1 > 1:
+        settings["sparsity"] = [1 - math.prod(1 - share for share in settings["sparsity"])]
+        settings["epochs"] = [sum(settings["epochs"])]
+    if settings["pruning"] in commandline.SHRINKING and not sparsity_given:
+        settings["epochs"], settings["sparsity"] = [sum(settings["epochs"])], []
 
 
 def newest(name, folder="runs"):
@@ -113,26 +123,38 @@ def prepare(settings, state):
     torch.manual_seed(settings["seed"])
     generator = torch.Generator(device).manual_seed(settings["seed"])
     train, validation, calibration = make_batches(data, kind, settings, device, generator)
-    model = resnet_factorized.build(**architecture).to(device)
+    model = build(**architecture).to(device)
     if device.type == "cpu" and settings["recipe"] != "published":
         compiling.keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         model = model.to(memory_format=torch.channels_last)
     run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, forward=model)
+    start_from = settings["start"] or settings["cycle_settings"].get("input_model_path")
     if state is not None:
         restore(run, state)
+    elif start_from:
+        checkpoint.load_weights(run.model, architecture, checkpoint.read(start_from))
     return run
 
 
 def architecture_of(settings):
     """What rebuilds the network; ValueError for one that cannot be, or that has not the layers to exclude."""
-    kind = cifar10.KINDS[settings["dataset"]]
-    architecture = {"name": settings["model"], "groups": settings["groups"], "shuffle": settings["shuffle"],
-                    "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
+    kind, name = cifar10.KINDS[settings["dataset"]], settings["model"]
+    architecture = {"name": name, "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
+    if name in resnet_factorized.NETWORKS:
+        architecture |= {"groups": settings["groups"], "shuffle": settings["shuffle"]}
+    else:
+        offered = {"size": kind.shape[0], **{word: settings[word] for word in ("activation", "pooling", "shortcut")}}
+        architecture |= {word: offered[word] for word in models.arguments_of(name)}
     with torch.device("meta"):
-        pruning.prunable(resnet_factorized.build(**architecture), settings["exclude"])
+        pruning.prunable(build(**architecture), settings["exclude"])
     return architecture
+
+
+def build(name, **arguments):
+    """The network called `name` of resnet_factorized.py or models.py, freshly initialised."""
+    return (resnet_factorized if name in resnet_factorized.NETWORKS else models).build(name, **arguments)
 
 
 def make_batches(data, kind, settings, device, generator):
@@ -161,7 +183,8 @@ def announce(run):
     run.forward, speed, note = compiling.choose_forward(run.model, settings["compile"], whole * images, shape,
                                                         autocast(run.device), run.device)
     seconds = (whole - done) * (images + 0.3 * len(run.validation) * 500) / speed
-    print(f"{settings['model']}, groups {settings['groups']}, on {settings['dataset']}: {images:,} images an epoch, "
+    groups = f", groups {run.architecture['groups']}" if "groups" in run.architecture else ""
+    print(f"{settings['model']}{groups}, on {settings['dataset']}: {images:,} images an epoch, "
           f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}; {note}")
     print(f"{f'goes on after {done} of {whole} epochs; ' if done else ''}"
           f"estimated time for all rounds: {seconds / 60:.1f} min at {speed:.0f} images/s; writes {run.out}",
@@ -255,7 +278,7 @@ def force_settings(run, before):
 def save(run):
     """history.csv, then last.pt with the one before it kept as previous.pt."""
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, run.history[0])
+    writer = csv.DictWriter(table, dict.fromkeys(name for row in run.history for name in row))
     writer.writeheader()
     writer.writerows(run.history)
     checkpoint.write(run.out / "history.csv", table.getvalue().encode())
@@ -266,7 +289,9 @@ def finish(run):
     """Write the result, runs/<name>/model.pt: the weights with their architecture."""
     with evaluation_weights(run.model, run.settings["weights"], run.settings["binary_scale"], run.masks):
         network = checkpoint.network_of(run.model, run.architecture)
-    checkpoint.save(run.out / "model.pt", {**network, "dataset": run.settings["dataset"]})
+    for path in (run.out / "model.pt", run.settings["cycle_settings"].get("output_model_path")):
+        if path:
+            checkpoint.save(path, {**network, "dataset": run.settings["dataset"]})
     print(f"{run.out}/model.pt: {100 * pruning.sparsity_of(run.model):.2f} % zeros, validation accuracy "
           f"{run.history[-1]['validation_accuracy']:.2f} %; next: python test.py --checkpoint {run.out}/model.pt")
 

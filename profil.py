@@ -17,7 +17,9 @@ from torch import nn
 import checkpoint
 import cifar10
 import commandline
+import models
 import resnet_factorized
+from experiment import build
 from train import find_checkpoint, load_network
 
 DENSE_PARAMETERS, DENSE_MACS = 11_173_962, 555_422_720    # ResNet-18, groups 1, 10 classes, 32x32
@@ -179,9 +181,11 @@ def parse(argv):
     """The flags of this script."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="a run's model.pt or last.pt, or a compact file (the newest run's)")
-    parser.add_argument("--model", choices=list(resnet_factorized.NETWORKS), help="an untrained network instead")
+    parser.add_argument("--model", choices=[*resnet_factorized.NETWORKS, *models.NETWORKS],
+                        help="an untrained network instead")
+    parser.add_argument("--dataset", choices=list(cifar10.KINDS), default="cifar10", help="whose images it takes")
     parser.add_argument("--groups", type=int, default=8, help="of the untrained network")
-    parser.add_argument("--classes", type=int, default=10, help="of the untrained network")
+    parser.add_argument("--classes", type=int, help="of the untrained network (the data set's)")
     parser.add_argument("--bits", type=int, nargs="+", default=[16], help="of weights, and of activations (16)")
     parser.add_argument("--csv", help="write the table by layer to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -194,13 +198,22 @@ def parse(argv):
     return arguments
 
 
+def untrained(arguments):
+    """The network that --model names, for images and classes of --dataset."""
+    kind, own = cifar10.KINDS[arguments.dataset], {}
+    if arguments.model in resnet_factorized.NETWORKS:
+        own["groups"] = arguments.groups
+    elif "size" in models.arguments_of(arguments.model):
+        own["size"] = kind.shape[0]
+    return build(arguments.model, num_classes=arguments.classes or len(kind.classes), in_channels=kind.shape[-1], **own)
+
+
 def main(argv):
     """Profile a checkpoint or an untrained network."""
     arguments = parse(argv)
     if arguments.model:
-        model = resnet_factorized.build(arguments.model, arguments.groups, num_classes=arguments.classes)
-        source = "untrained"
-        dataset = "cifar100" if arguments.classes == 100 else "cifar10"
+        model, source = untrained(arguments), "untrained"
+        dataset = "cifar100" if arguments.classes == 100 else arguments.dataset
     else:
         source = find_checkpoint(arguments.checkpoint)
         model, state = load_network(source)

@@ -37,10 +37,9 @@ def read_run(folder):
     report = read_json(folder / "report.json") if (folder / "report.json").exists() else {}
     settings, history = config["settings"], pd.read_csv(folder / "history.csv")
     test, profile = report.get("test", {}), report.get("profile", {})
-    shuffled = " shuffle" if settings["shuffle"] and settings["groups"] > 1 else ""
     return {"run": folder.name, "folder": folder, "dataset": settings["dataset"],
-            "network": f"{settings['model']} groups {settings['groups']}{shuffled}",
-            "epochs": "+".join(map(str, settings["epochs"])),
+            "network": network_of(config["architecture"]),
+            "epochs": "+".join(map(str, history.groupby("round").size())),
             "pruning": pruning_of(settings), "mixing": settings["mixing"],
             "weights": settings.get("weights", "float"), "batch_size": settings["batch_size"], "lr": settings["lr"],
             "recipe": settings["recipe"], "device": config["device"], "seed": settings["seed"],
@@ -50,6 +49,17 @@ def read_run(folder):
             "parameters_removed": profile.get("parameters_removed"), "macs": profile.get("macs"),
             "macs_removed": profile.get("macs_removed"), "score_course": profile.get("score_course"),
             "bytes": test.get("bytes", {}).get("compressed"), "history": history, "layers": profile.get("layers")}
+
+
+def network_of(architecture):
+    """An architecture in a few words: "resnet18 groups 8 shuffle", "lenet5 tanh"."""
+    words = [architecture["name"]]
+    if "groups" in architecture:
+        words.append(f"groups {architecture['groups']}" + " shuffle" * (architecture["shuffle"]
+                                                                         and architecture["groups"] > 1))
+    usual = {"activation": "relu", "pooling": "max", "shortcut": "B"}
+    return " ".join(words + [str(architecture[name]) for name in usual
+                             if architecture.get(name, usual[name]) != usual[name]])
 
 
 def pruning_of(settings):

@@ -44,34 +44,64 @@ class Shortcut(nn.Sequential):
             super().__init__(convolution(inputs, outputs, 1, stride, groups), nn.BatchNorm2d(outputs))
 
 
-class BasicBlock(nn.Module):
+class Block(nn.Module):
+    """What both kinds of block share: the shuffle within, and the sum at the end.
+
+    order: after channels were removed, the (C,) channels of the first convolution
+    in the order in which the second reads them; None while `shuffle_channels`
+    gives it. positions: the (C,) channels of the shortcut that the branch is
+    added to (selective addition); None where it is added to all. Without conv1
+    the branch is removed and the block is its shortcut.
+    """
+
+    def __init__(self, groups, shuffle):
+        super().__init__()
+        self.mixed_groups = groups if shuffle and groups > 1 else 0
+        self.register_buffer("order", None)
+        self.register_buffer("positions", None)
+
+    def shuffle(self, hidden):
+        """The channels between the first two convolutions, interleaved where the network is built so."""
+        if self.order is not None:
+            return hidden[:, self.order]
+        return shuffle_channels(hidden, self.mixed_groups) if self.mixed_groups else hidden
+
+    def add(self, hidden, shortcut):
+        """ReLU of the sum; the branch may have fewer channels than the shortcut."""
+        if self.positions is None:
+            return F.relu(hidden + shortcut)
+        return F.relu(shortcut.index_add(1, self.positions, hidden.to(shortcut.dtype)))
+
+
+class BasicBlock(Block):
     """Two 3x3 convolutions and the shortcut: ResNet-18 and 34."""
 
     expansion = 1
+    branch = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(self, inputs, width, stride, groups, shuffle):
-        super().__init__()
+        super().__init__(groups, shuffle)
         self.conv1 = convolution(inputs, width, 3, stride, groups)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = convolution(width, width, 3, 1, groups)
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut = Shortcut(inputs, width, stride, groups)
-        self.mixed_groups = groups if shuffle and groups > 1 else 0
 
     def forward(self, images):
-        hidden = F.relu(self.bn1(self.conv1(images)))
-        if self.mixed_groups:
-            hidden = shuffle_channels(hidden, self.mixed_groups)
-        return F.relu(self.bn2(self.conv2(hidden)) + self.shortcut(images))
+        if self.conv1 is None:
+            return F.relu(self.shortcut(images))
+        hidden = self.shuffle(F.relu(self.bn1(self.conv1(images))))
+        return self.add(self.bn2(self.conv2(hidden)), self.shortcut(images))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1, 3x3, 1x1 and the shortcut: ResNet-50, 101 and 152."""
 
     expansion = 4
+    branch = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(self, inputs, width, stride, groups, shuffle):
-        super().__init__()
+        super().__init__(groups, shuffle)
         outputs = width * self.expansion
         self.conv1 = convolution(inputs, width, 1, 1, groups)
         self.bn1 = nn.BatchNorm2d(width)
@@ -80,14 +110,13 @@ class Bottleneck(nn.Module):
         self.conv3 = convolution(width, outputs, 1, 1, groups)
         self.bn3 = nn.BatchNorm2d(outputs)
         self.shortcut = Shortcut(inputs, outputs, stride, groups)
-        self.mixed_groups = groups if shuffle and groups > 1 else 0
 
     def forward(self, images):
-        hidden = F.relu(self.bn1(self.conv1(images)))
-        if self.mixed_groups:
-            hidden = shuffle_channels(hidden, self.mixed_groups)
+        if self.conv1 is None:
+            return F.relu(self.shortcut(images))
+        hidden = self.shuffle(F.relu(self.bn1(self.conv1(images))))
         hidden = F.relu(self.bn2(self.conv2(hidden)))
-        return F.relu(self.bn3(self.conv3(hidden)) + self.shortcut(images))
+        return self.add(self.bn3(self.conv3(hidden)), self.shortcut(images))
 
 
 class ResNet(nn.Module):
@@ -119,6 +148,48 @@ class ResNet(nn.Module):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             hidden = stage(hidden)
         return self.linear(hidden.mean((2, 3)))
+
+    def channels(self):
+        """The channel spaces: sets of channels that layers make, normalise and read together.
+
+        A list of dictionaries of layer names: makers (their outputs), norms, readers
+        (their inputs); unfold is 1 here; shuffled names the block whose shuffle lies
+        between maker and reader; branch names the block whose branch ends here. A
+        "stream" is what a stage's sums tie together.
+        """
+        stream, streams, spaces = space("stream0", ["conv1"], ["bn1"]), [], []
+        for number, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
+            for position, block in enumerate(stage):
+                name = f"layer{number}.{position}"
+                if len(block.shortcut):
+                    streams.append(stream)
+                    stream["readers"].append(f"{name}.shortcut.0")
+                    previous, stream = stream, space(f"stream{number}", [f"{name}.shortcut.0"], [f"{name}.shortcut.1"])
+                else:
+                    previous = stream
+                if block.conv1 is None:
+                    continue
+                previous["readers"].append(f"{name}.conv1")
+                spaces += branch_spaces(name, block)
+                stream["makers"].append(spaces[-1]["makers"][0])
+                stream["norms"].append(spaces[-1]["norms"][0])
+        stream["readers"].append("linear")
+        return spaces + [*streams, stream]
+
+
+def space(name, makers, norms, readers=(), shuffled=None, branch=None):
+    """One channel space, see `ResNet.channels`."""
+    return {"name": name, "makers": list(makers), "norms": list(norms), "depthwise": [], "readers": list(readers),
+            "unfold": 1, "shuffled": shuffled, "branch": branch}
+
+
+def branch_spaces(name, block):
+    """The spaces within a block: between its convolutions, and last the one that ends its branch."""
+    layers = [(f"{name}.{convolution}", f"{name}.{norm}") for convolution, norm in block.branch]
+    inner = [space(maker, [maker], [norm], [reader], name if place == 0 and block.mixed_groups else None)
+             for place, ((maker, norm), (reader, _)) in enumerate(zip(layers, layers[1:], strict=False))]
+    maker, norm = layers[-1]
+    return [*inner, space(maker, [maker], [norm], branch=name)]
 
 
 def initialise(model):

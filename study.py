@@ -91,7 +91,8 @@ def row_of(arm, seed, folder, data):
     config, history = json.loads((folder / "config.json").read_text()), pd.read_csv(folder / "history.csv")
     settings, last = config["settings"], history.iloc[-1]
     return {"group": arm["group"], "arm": arm["name"], "seed": seed, "run": arm["run"],
-            "epochs": "+".join(map(str, settings["epochs"])), "images_an_epoch": settings["limit"] or "all",
+            "epochs": "+".join(map(str, history.groupby("round").size())),
+            "images_an_epoch": settings["limit"] or "all",
             "validation_accuracy": last["validation_accuracy"], "validation_loss": last["validation_loss"],
             "train_accuracy": last["train_accuracy"], **measure_arm(folder, data),
             "minutes": round(history["seconds"].sum() / 60, 2),

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 import checkpoint
 import commandline
+import compiling
+import filter_pruning
 import pruning
-import resnet_factorized
-from experiment import autocast, begin_round, finish, newest, resumable, save, start
+from experiment import autocast, begin_round, build, finish, newest, resumable, save, start
 from set_cutmix_train import cutmix
 from set_mixup_train import mixup
 from set_quantization_train import after_step, evaluation_weights, step_weights
@@ -27,6 +28,15 @@ MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
 # MODEL = "resnet50"          # 23.5 M, bottlenecks
 # MODEL = "resnet101"         # 42.5 M
 # MODEL = "resnet152"         # 58.2 M
+# MODEL = "resnet20"          # 0.27 M, for 32x32 images; GROUPS and SHUFFLE are of the five above alone
+# MODEL = "resnet56"          # 0.86 M
+# MODEL = "resnet110"         # 1.7 M
+# MODEL = "wrn-16-4"          # 2.7 M, wide, arXiv:1605.07146
+# MODEL = "wrn-28-10"         # 36.5 M
+# MODEL = "mobilenet"         # 3.2 M, depthwise separable, arXiv:1704.04861
+# MODEL = "cifar-quick"       # 0.15 M, no batch norm
+# MODEL = "lenet5"            # 0.06 M, no batch norm, LeCun et al. 1998
+# MODEL = "lenet5-student"    # 0.01 M
 GROUPS = 8                    # factorized: an eighth of the parameters and MACs
 # GROUPS = 4
 # GROUPS = 1                  # dense
@@ -48,9 +58,12 @@ DEFAULTS = {
     "dataset": "cifar10", "data": "data", "epochs": [30], "sparsity": [],
     "pruning": "none", "score": "l1", "minimum_density": 0.01, "exclude": [], "prune_begin": 0.1, "prune_end": 0.6,
     "prune_frequency": 100, "recalibrate": False,
+    "filter_threshold": 0.1, "filter_relative": True, "filter_columns": False, "filter_one_layer": False,
+    "filter_interval": 2, "filter_stop": 0.6, "cycle": None, "cycle_settings": {}, "stop_loss": None, "start": None,
     "batch_size": 64, "lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
     "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "mix_per_sample": False,
-    "ema_decay": 0.998, "binary_scale": "one", "recipe": "ours", "compile": "auto", "device": "auto", "seed": 0,
+    "ema_decay": 0.998, "binary_scale": "one", "activation": "relu", "pooling": "max", "shortcut": "B",
+    "recipe": "ours", "compile": "auto", "device": "auto", "seed": 0,
     "limit": None, "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
 }
 RECIPES = {"published": {    # the run that this project started from; measure() has its four passes an epoch
@@ -96,6 +109,8 @@ def run_epoch(run, bar):
     begun, rate = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
     loss, accuracy = train_epoch(run, bar)
     trained = time.perf_counter() - begun
+    if run.settings["pruning"] == "filters":
+        reduce_filters(run)
     if run.settings["recalibrate"] and run.epoch + 1 == run.settings["epochs"][run.round]:
         recalibrate(run, networks_of(run)[-1])
     validation_loss, validation_accuracy = measure(run)
@@ -106,6 +121,7 @@ def run_epoch(run, bar):
            "train_loss": round(loss, 4), "train_accuracy": round(accuracy, 2),
            "validation_loss": round(validation_loss, 4), "validation_accuracy": round(validation_accuracy, 2),
            "sparsity": round(pruning.sparsity_of(run.model), 5),
+           "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
            "images_per_second": round(len(run.train) * run.settings["batch_size"] / trained, 1),
            "seconds": round(time.perf_counter() - begun, 1)}
     with checkpoint.uninterrupted():      # what is counted as done is on disk
@@ -176,6 +192,21 @@ def prune_on_schedule(run, step):
                                      settings["score"], of="all")
     for model in networks_of(run):
         pruning.apply_masks(model, run.masks)
+
+
+def reduce_filters(run):
+    """At an epoch's end, every so often and until the stop: weak filters go to zero and leave the network."""
+    settings, done = run.settings, run.epoch + 1
+    if done % settings["filter_interval"] or done > settings["filter_stop"] * settings["epochs"][run.round]:
+        return
+    turn = done // settings["filter_interval"] - 1 if settings["filter_one_layer"] else None
+    found = filter_pruning.reduce_network(run.model, settings["filter_threshold"], settings["filter_relative"],
+                                          settings["filter_columns"], turn, run.average, run.optimizer, run.masks)
+    changed = [f"{name} {before} -> {after}" + f" ({held} weak ones held by groups)" * bool(held)
+               for name, (before, after, held) in found.items() if after < before]
+    if changed:
+        run.forward = compiling.again(run.model, run.forward)
+        print("removed: " + ", ".join(changed), flush=True)
 
 
 def networks_of(run):
@@ -275,7 +306,7 @@ def load_network(path, device="cpu"):
     state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
     if state.get("average"):
         state["weights"] = state["average"]
-    model = resnet_factorized.build(**state["architecture"])
+    model = build(**state["architecture"])
     checkpoint.load_weights(model, state["architecture"], state)
     return model.eval().to(device), state
 

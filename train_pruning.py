@@ -5,7 +5,12 @@ a ResNet-18 of 8 groups keeps 9 % of its weights. Edit a technique line below, o
 pass the flag of the same name; `--epochs 8 2 6 --sparsity 0.7 0.7` is a short
 run, `--dry-run` says how long a run will take.
 """
+import argparse
+from itertools import groupby
+
 import commandline
+import compiling
+import filter_pruning
 import pruning
 from experiment import finish, resumable, start
 from train import DEFAULTS, RECIPES, fit, recalibrate
@@ -16,6 +21,15 @@ MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
 # MODEL = "resnet50"          # 23.5 M, bottlenecks
 # MODEL = "resnet101"         # 42.5 M
 # MODEL = "resnet152"         # 58.2 M
+# MODEL = "resnet20"          # 0.27 M, for 32x32 images; GROUPS and SHUFFLE are of the five above alone
+# MODEL = "resnet56"          # 0.86 M
+# MODEL = "resnet110"         # 1.7 M
+# MODEL = "wrn-16-4"          # 2.7 M, wide, arXiv:1605.07146
+# MODEL = "wrn-28-10"         # 36.5 M
+# MODEL = "mobilenet"         # 3.2 M, depthwise separable, arXiv:1704.04861
+# MODEL = "cifar-quick"       # 0.15 M, no batch norm
+# MODEL = "lenet5"            # 0.06 M, no batch norm, LeCun et al. 1998
+# MODEL = "lenet5-student"    # 0.01 M
 GROUPS = 8                    # factorized: an eighth of the parameters and MACs
 # GROUPS = 4
 # GROUPS = 1                  # dense
@@ -30,6 +44,8 @@ WEIGHTS = "float"
 PRUNING = "rounds"            # train, prune, train: between rounds
 # PRUNING = "polynomial"      # while training, fast at first, arXiv:1710.01878
 # PRUNING = "constant"        # while training, all at once and again every so often
+# PRUNING = "filters"         # whole filters leave while training, Zhou et al. 2016
+# PRUNING = "l1_cycle"        # train, then remove filters of small L1 norm and fine-tune while the loss allows
 SCORE = "l1"                  # weights ranked by magnitude
 # SCORE = "lamp"              # by magnitude relative to their layer, arXiv:2010.07611
 SCHEDULE = "one-cycle"        # in each round: up for a quarter, down to zero, arXiv:1708.07120
@@ -50,6 +66,16 @@ def add_flags(parser):
     parser.add_argument("--prune-begin", type=float, help="share of the training at which gradual pruning begins (0.1)")
     parser.add_argument("--prune-end", type=float, help="and at which it ends (0.6)")
     parser.add_argument("--prune-frequency", type=int, help="and the steps between (100)")
+    parser.add_argument("--filter-threshold", type=float,
+                        help="how much shorter a filter gets: a share of its layer's longest, or a norm (0.1)")
+    for name, what in (("relative", "threshold by layer (yes)"), ("columns", "weights that read a channel count (no)"),
+                       ("one-layer", "one layer at a time, in turn (no)")):
+        parser.add_argument(f"--filter-{name}", action=argparse.BooleanOptionalAction, help=what)
+    parser.add_argument("--filter-interval", type=int, help="epochs from one removal to the next (2)")
+    parser.add_argument("--cycle", metavar="JSON", help="settings of the L1 cycle, see filter_pruning.SETTINGS")
+    parser.add_argument("--stop-loss", type=float,
+                        help="validation loss that ends the L1 cycle (a tenth above that before the first removal)")
+    parser.add_argument("--filter-stop", type=float, help="share of the training after which filters stay (0.6)")
 
 
 def prune(run):
@@ -66,6 +92,34 @@ def prune(run):
           + (f"; held at the minimum density of {floor}: {', '.join(held)}" if held else ""), flush=True)
 
 
+def l1_cycle(run):
+    """Remove filters and fine-tune, step by step, until the validation loss exceeds its limit.
+
+    The limit: --stop-loss, else that of --cycle, else a tenth above the loss before
+    the first removal. model.pt is the last network within it.
+    """
+    first = [row["validation_loss"] for row in run.history if row["round"] == 1][-1]
+    settings = {"stop_loss": 1.1 * first, **run.settings["cycle_settings"]}
+    if run.settings["stop_loss"] is not None:
+        settings["stop_loss"] = run.settings["stop_loss"]
+    pruner = filter_pruning.Pruner(settings)
+
+    def finetune(model, epochs):
+        run.settings["epochs"].append(epochs)
+        run.round, run.epoch, run.optimizer, run.average = run.round + 1, 0, None, None
+        run.forward = compiling.again(run.model, run.forward)
+        fit(run)
+    if run.round == 0 or run.history[-1]["validation_loss"] <= settings["stop_loss"]:
+        pruner.prune(run.model, finetune, lambda model: run.history[-1]["validation_loss"], lambda model: finish(run),
+                     run.out, masks=run.masks)
+    rounds = [list(rows) for _, rows in groupby(run.history, key=lambda row: row["round"])]
+    filter_pruning.draw_cycle(run.out / "cycle.png", [
+        {"step": step, "parameters": rows[-1]["parameters"], "loss": rows[-1]["validation_loss"],
+         "seconds": sum(row["seconds"] for row in rows)} for step, rows in enumerate(rounds)])
+    print(f"{len(rounds) - 1} steps, limit {settings['stop_loss']:.4f}: {run.out}/model.pt is the last within it, "
+          "cycle.png and norms-*.png show the way", flush=True)
+
+
 def main(argv):
     """Train in rounds with pruning between them; the state of a run says where to begin."""
     run = start(__file__, __doc__.splitlines()[0], ROUNDS, RECIPES, argv, add_flags)
@@ -73,6 +127,8 @@ def main(argv):
         return
     with resumable(run):
         fit(run)
+        if run.settings["pruning"] == "l1_cycle":
+            return l1_cycle(run)
         while run.round + 1 < len(run.settings["epochs"]):
             prune(run)
             fit(run)

@@ -12,7 +12,8 @@ ROWS = [
     {"experiment"},
     {"set_cutmix_train", "set_mixup_train", "set_quantization_train", "set_distillation_train"},
     {"pruning", "filter_pruning", "morphnet", "binaryconnect", "quantization"},
-    {"resnet_factorized", "models", "cifar10", "checkpoint", "commandline", "compiling", "draws"},
+    {"resnet_factorized", "models", "cifar10", "checkpoint", "commandline", "compiling", "draws",
+     "shrinking"},
 ]
 FILES = sorted(ROOT.glob("*.py"))
 LIGHT = [path for path in FILES if path.stem != "report"]      # report.py is tables and plots, and nothing imports it

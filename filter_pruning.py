@@ -1,0 +1,279 @@
+"""Structured pruning: weak neurons and filters go to zero and leave the network.
+
+    keep = relative_reduce_layer(layer, 0.1)          # weak outputs go to zero: which stay
+    shrink_layer(layer, keep_indexes_output=keep)     # the layer without the others
+    shrink_layer(next_layer, keep_indexes_input=keep)
+
+Zhou, Alvarez and Porikli 2016, "Less is more: towards compact CNNs", equation 1:
+after an epoch every neuron (a row of a linear layer, a filter of a convolution)
+is shortened by a threshold, and those at zero are removed, so that training gets
+faster too. These functions fit into any loop; `reduce_network` does a whole
+network of this project. `Pruner` is the other way round: it removes the filters
+of smallest L1 norm, fine-tunes, and goes on while the validation loss allows it.
+"""
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import shrinking
+from shrinking import shrink_layer, shrink_slots, shrink_tensor, shrink_vector  # noqa: F401  (published together)
+
+# ---- for a loop of one's own: weak outputs go to zero
+
+@torch.no_grad()
+def absolute_reduce(weights, threshold, norm):
+    """w <- max(||w|| - threshold, 0) w / ||w|| for each output, in place: equation 1.
+
+    weights: (N, ...), one output a row; norm: (N,), the L2 norm of each. Returns
+    the outputs to keep, those that are not zero, as a LongTensor. ValueError for a
+    threshold below 0 or weights that are not finite.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"threshold {threshold}: it must be at least 0")
+    if not bool(torch.isfinite(norm).all()):
+        raise ValueError(f"{int((~torch.isfinite(norm)).sum()):,} of {len(norm):,} outputs have weights that are NaN "
+                         "or infinite")
+    share = (norm - threshold).clamp_min(0) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    weights.mul_(share.view(-1, *[1] * (weights.dim() - 1)))
+    return (share > 0).nonzero().flatten()
+
+
+def relative_reduce(weights, threshold_ratio, norm):
+    """`absolute_reduce` with the threshold at a share in [0, 1) of the largest norm, so that no layer can vanish."""
+    if not 0 <= threshold_ratio < 1:
+        raise ValueError(f"threshold ratio {threshold_ratio} is outside [0, 1)")
+    return absolute_reduce(weights, threshold_ratio * norm.max().item(), norm)
+
+
+def relative_reduce_1D(weights, threshold_ratio):      # noqa: N802  (the published name)
+    """`relative_reduce` of a linear layer's weights, (outputs, inputs), by the norm of each row."""
+    return relative_reduce(weights, threshold_ratio, weights.norm(dim=1))
+
+
+def relative_reduce_2D(weights, threshold_ratio):      # noqa: N802
+    """`relative_reduce` of a convolution's weights, (outputs, inputs, kh, kw), by each filter's Frobenius norm."""
+    return relative_reduce(weights, threshold_ratio, weights.flatten(1).norm(dim=1))
+
+
+def relative_reduce_layer(layer, threshold_ratio):
+    """`relative_reduce` of a linear layer or a convolution; which of the two, its weight tells."""
+    weights = layer.weight.detach()
+    reduce = {2: relative_reduce_1D, 4: relative_reduce_2D}.get(weights.dim())
+    if reduce is None:
+        raise ValueError(f"a {type(layer).__name__} has weights of shape {tuple(weights.shape)}; "
+                         "linear layers and 2-d convolutions can be reduced")
+    return reduce(weights, threshold_ratio)
+
+
+# ---- a whole network that names its channel spaces
+
+def reducible(model):
+    """The channel spaces that can be reduced one by one: within blocks and at the end of branches, no streams."""
+    return [space for space in model.channels() if len(space["makers"]) == 1 and (space["readers"] or space["branch"])
+            and not space["name"].startswith("stream")]
+
+
+@torch.no_grad()
+def reduce_network(model, threshold, relative=True, columns=False, turn=None, average=None, optimizer=None,
+                   masks=None):
+    """Equation 1 on every hidden layer, then the channels at zero leave, physically.
+
+    threshold: an L2 norm, or with `relative` a share of the largest of each layer;
+    columns: the weights that read a channel count instead of those that make it
+    (reversed); turn: only one space, number `turn` modulo their count (layer by
+    layer). average, optimizer, masks: see `shrinking.remove`. A layer keeps a
+    channel at least, a layer of groups one in each and as many in all. Returns
+    {space: (channels before, after, held by the groups)}.
+    """
+    spaces, found = reducible(model), {}
+    for space in spaces if turn is None else [spaces[turn % len(spaces)]]:
+        parts = read_weights(model, space) if columns and space["readers"] else made_weights(model, space)
+        norms = torch.zeros(sum(len(channels) for channels, _ in parts))
+        for channels, weights in parts:
+            norms[channels] = weights.flatten(1).norm(dim=1).float().cpu()
+        limit, weak = threshold * norms.max().item() if relative else threshold, torch.ones(len(norms)).bool()
+        for channels, weights in parts:
+            weak[channels[absolute_reduce(weights, limit, norms[channels].to(weights.device)).cpu()]] = False
+        keep = shrinking.balanced(weak, norms, *shrinking.partitions(model, space))
+        found[space["name"]] = len(norms), len(keep), int(weak.sum()) - len(norms) + len(keep)
+        if len(keep) < len(norms):
+            shrinking.remove(model, space, keep, average, optimizer, masks)
+    return found
+
+
+def made_weights(model, space):
+    """[(channels, weights)]: the weights that make each channel of a space, one a row."""
+    weight = model.get_submodule(space["makers"][0]).weight
+    return [(torch.arange(len(weight)), weight)]
+
+
+def read_weights(model, space):
+    """[(channels, weights)]: views of the weights that read each channel, one a row; an entry for each group."""
+    layer = model.get_submodule(space["readers"][0])
+    channels = torch.arange(len(model.get_submodule(space["makers"][0]).weight))
+    if space["shuffled"]:
+        channels = shrinking.order_of(model.get_submodule(space["shuffled"]), len(channels))
+    groups = getattr(layer, "groups", 1)
+    views = [part.view(len(part), len(channels) // groups, space["unfold"], *part.shape[2:]).transpose(0, 1)
+             for part in layer.weight.chunk(groups)]
+    return list(zip(channels.chunk(groups), views, strict=True))
+
+
+# ---- the L1 filter cycle: prune, fine-tune, evaluate, as long as the loss allows
+
+SETTINGS = {"input_model_path": None, "output_model_path": None, "finetuning_epochs": 10, "stop_loss": 0.1,
+            "pruning_percent_step": 0.05, "pruning_standard_deviation_part": 0.2, "layers": None, "round_to": 1}
+SPELLINGS = {"pruning_standart_deviation_part": "pruning_standard_deviation_part"}       # as it was published
+
+
+def read_given(config):
+    """The settings in a dictionary or a JSON file, those alone, under their right names; ValueError for a wrong one."""
+    try:
+        given = config if isinstance(config, dict) else json.loads(Path(config).read_text())
+        given = {SPELLINGS.get(name, name): value for name, value in given.items()}
+    except (ValueError, AttributeError) as problem:
+        raise ValueError(f"{config} is no JSON object of settings: {problem}") from None
+    unknown = sorted(set(given) - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"no setting is called {unknown[0]!r}; there are {', '.join(SETTINGS)}")
+    check_cycle({**SETTINGS, **given})
+    return given
+
+
+def check_cycle(settings):
+    """ValueError with the accepted range for the first setting of a cycle that is out of it."""
+    for name, low, high in (("finetuning_epochs", 1, math.inf), ("stop_loss", 0, math.inf), ("round_to", 1, math.inf),
+                            ("pruning_percent_step", 0, 1), ("pruning_standard_deviation_part", 0, math.inf)):
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"{name} {value!r}: it must be a number from {low} to {high}")
+
+
+class Pruner:
+    """Removes the filters of smallest L1 norm step by step, until the validation loss exceeds `stop_loss`.
+
+    config: a dictionary or the path of a JSON file, see `SETTINGS`. Each step
+    takes from every layer at most the share `pruning_percent_step` of its filters
+    (so none from a layer of fewer than its inverse), and only filters whose norm
+    is below mean - pruning_standard_deviation_part * standard deviation. layers:
+    names, all hidden ones where None; round_to: widths stay multiples of it.
+    """
+
+    def __init__(self, config):
+        self.settings = {**SETTINGS, **read_given(config)}
+        self.history = []
+
+    def prune(self, model, finetune, evaluate, save=None, plots=None, **companions):
+        """The cycle, in place. Returns its history: a dictionary of size, loss, seconds a step, the first before any.
+
+        finetune(model, epochs) trains; evaluate(model) gives the validation loss;
+        save(model) keeps a model that is within the limit, by default a checkpoint's
+        weights at output_model_path; plots: a folder for norms-<step>.png.
+        companions: average, optimizer, masks of `shrinking.remove`. Ends when no
+        filter qualifies. ValueError where the limit is exceeded before any step.
+        """
+        self.check(model)
+        self.note(model, evaluate, time.perf_counter())
+        if self.history[-1]["loss"] > self.settings["stop_loss"]:
+            raise ValueError(f"the validation loss is {self.history[-1]['loss']:.4g} before any filter is removed, "
+                             f"above stop_loss {self.settings['stop_loss']}; raise it, or train longer")
+        while self.history[-1]["loss"] <= self.settings["stop_loss"]:
+            (save or self.save)(model)
+            begun = time.perf_counter()
+            if plots:
+                draw_norms(Path(plots) / f"norms-{len(self.history)}.png", self.norms(model), self.settings)
+            if not self.step(model, **companions):
+                break
+            finetune(model, self.settings["finetuning_epochs"])
+            self.note(model, evaluate, begun)
+        return self.history
+
+    def step(self, model, average=None, optimizer=None, masks=None):
+        """One removal. Returns {layer: (filters before, after)} of the layers that changed; empty: none qualifies."""
+        changed = {}
+        for space in self.check(model):
+            norms = self.norms(model)[space["name"]]
+            keep = shrinking.balanced(self.weak(norms), norms, *shrinking.partitions(model, space),
+                                      round_to=self.settings["round_to"])
+            if len(keep) < len(norms):
+                changed[space["name"]] = len(norms), len(keep)
+                shrinking.remove(model, space, keep, average, optimizer, masks)
+        return changed
+
+    def weak(self, norms):
+        """Which filters may leave in this step, (C,) bool."""
+        lowest = norms.argsort()[:int(self.settings["pruning_percent_step"] * len(norms))]
+        weak = torch.zeros(len(norms), dtype=torch.bool)
+        weak[lowest] = norms[lowest] < limit_of(norms, self.settings)
+        return weak
+
+    @torch.no_grad()
+    def norms(self, model):
+        """{layer: (C,) L1 norms of its filters}, of the layers that are pruned."""
+        return {space["name"]: model.get_submodule(space["makers"][0]).weight.flatten(1).abs().sum(1).float().cpu()
+                for space in self.check(model)}
+
+    def check(self, model):
+        """The channel spaces to prune; ValueError that names a layer which cannot be."""
+        if not hasattr(model, "channels"):
+            raise ValueError(f"a {type(model).__name__} does not say which layers share channels: it needs channels()")
+        spaces = {space["name"]: space for space in reducible(model)}
+        chosen = self.settings["layers"]
+        refused = [name for name in chosen or () if name not in spaces]
+        if refused:
+            raise ValueError(f"{refused[0]!r} cannot lose filters: its outputs are classes or a sum that other layers "
+                             f"read, or there is no such layer; these can: {', '.join(spaces)}")
+        for name, norms in ((name, model.get_submodule(name).weight) for name in spaces):
+            if not bool(torch.isfinite(norms).all()):
+                raise ValueError(f"{name} has weights that are NaN or infinite; they cannot be ranked")
+        return [space for name, space in spaces.items() if chosen is None or name in chosen]
+
+    def note(self, model, evaluate, begun):
+        """A row of the history."""
+        self.history.append({"step": len(self.history), "parameters": sum(p.numel() for p in model.parameters()),
+                             "loss": evaluate(model), "seconds": time.perf_counter() - begun})
+
+    def save(self, model):
+        """The weights and widths at output_model_path, where there is one."""
+        if self.settings["output_model_path"]:
+            checkpoint.save(self.settings["output_model_path"], checkpoint.network_of(model, None))
+
+
+def limit_of(norms, settings):
+    """The L1 norm below which filters may leave; a millionth lower, so that equal ones are not told by rounding."""
+    exact = norms.double()
+    return float(exact.mean() * (1 - 1e-6) - settings["pruning_standard_deviation_part"] * exact.std(correction=0))
+
+
+def draw_norms(path, norms, settings):
+    """The L1 norms of the filters by layer, a dot each, and the limit below which they may leave."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(max(6, 0.5 * len(norms)), 4), layout="constrained")
+    axes = figure.subplots()
+    for place, values in enumerate(norms.values()):
+        limit = limit_of(values, settings)
+        axes.plot([place] * len(values), values, ".", alpha=0.4, color="tab:blue", label="filters" * (not place))
+        axes.plot([place - 0.35, place + 0.35], [limit] * 2, color="tab:red", label="limit" * (not place))
+    axes.set_xticks(range(len(norms)), norms, rotation=60, ha="right", fontsize=8)
+    axes.set(ylabel="L1 norm of a filter")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_cycle(path, history):
+    """Size, loss and time over the steps of a cycle, each relative to its first value."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [row["step"] for row in history]
+    for name in ("parameters", "loss", "seconds"):
+        first = history[0][name]
+        axes.plot(steps, [row[name] / first if first else 0 for row in history], marker=".", label=name)
+    axes.set(xlabel="step", ylabel="relative to the first value", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    figure.savefig(path, dpi=120)

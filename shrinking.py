@@ -1,0 +1,224 @@
+"""Channels leave a network physically: smaller tensors, less work, the same outputs.
+
+    shrink_layer(layer, keep_indexes_output=keep)           # layers, one by one, in any loop
+    shrink_layer(next_layer, keep_indexes_input=keep)
+
+    for space in model.channels():                          # or a network of this project
+        keep = balanced(weak, scores, *partitions(model, space))
+        remove(model, space, keep, average, optimizer, masks)
+
+The names and arguments of the first are those of the LIMutils report. A network
+says with `channels()` which layers make, normalise and read the same channels.
+At the end of a residual branch a selective addition takes the place of the sum,
+so that the shortcut keeps its width. In grouped layers each group keeps as many
+channels, each its own.
+"""
+import math
+
+import torch
+from torch import nn
+
+
+def shrink_vector(vector, keep_indexes, unfold_factor=1):
+    """The entries of a bias or of batch norm that stay, (N,) -> (len(keep_indexes) * unfold_factor,).
+
+    unfold_factor: H W where channels were flattened before the layer, so that
+    channel k is the entries k u ... k u + u - 1.
+    """
+    return vector[unfold(keep_indexes, unfold_factor).to(vector.device)]
+
+
+def unfold(keep_indexes, factor):
+    """Channel k -> k u ... k u + u - 1, as one LongTensor."""
+    return (keep_indexes[:, None] * factor + torch.arange(factor, device=keep_indexes.device)).flatten()
+
+
+def shrink_tensor(tensor, keep_indexes_input=None, keep_indexes_output=None, unfold_factor=1, groups=1):
+    """A weight tensor, (outputs, inputs / groups, ...), without the other inputs and outputs.
+
+    Indexes are of whole layers. With `groups`, as many channels must stay in each
+    group, each with its own indices; ValueError where they do not.
+    """
+    outputs = len(tensor)
+    if keep_indexes_input is not None:
+        keep = unfold(keep_indexes_input, unfold_factor).to(tensor.device)
+        inside = keep.view(groups, -1) if groups == 1 else split_by_group(keep, groups, tensor.shape[1], "inputs")
+        tensor = torch.cat([part[:, own] for part, own in zip(tensor.chunk(groups), inside, strict=True)])
+    if keep_indexes_output is not None:
+        if groups > 1:
+            split_by_group(keep_indexes_output, groups, outputs // groups, "outputs")
+        tensor = tensor[keep_indexes_output.to(tensor.device)]
+    return tensor
+
+
+def split_by_group(keep, groups, size, what):
+    """(groups, n) indices within each group of `size` channels; ValueError unless each keeps equally many."""
+    counts = torch.bincount(keep // size, minlength=groups)
+    if len(counts) != groups or counts.min() != counts.max() or counts.min() < 1:
+        raise ValueError(f"{what} of {groups} groups: {counts.tolist()} would stay; each group must keep as many, "
+                         "at least one")
+    if bool((keep.diff() <= 0).any()):
+        raise ValueError(f"{what} to keep must be in rising order in a layer of groups")
+    return (keep % size).view(groups, -1)
+
+
+@torch.no_grad()
+def shrink_layer(layer, keep_indexes_input=None, keep_indexes_output=None, unfold_factor=1):
+    """Remove all but the given inputs and outputs of a linear layer, convolution or batch norm, in place.
+
+    Batch norm and depthwise convolutions, whose inputs are their outputs, take
+    either. The parameters stay the same objects, so that an optimizer still holds
+    them; `shrink_slots`, called before, cuts what it remembers of them. Returns
+    the layer. ValueError where groups would keep different numbers.
+    """
+    indexes = keep_indexes_input, keep_indexes_output, unfold_factor
+    for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+        if tensor.dim():
+            tensor.data, tensor.grad = cut(tensor.data, layer, name, *indexes), None
+    set_widths(layer, keep_indexes_output if keep_indexes_output is not None else keep_indexes_input)
+    return layer
+
+
+def cut(tensor, layer, name, keep_indexes_input, keep_indexes_output, unfold_factor=1):
+    """What stays of `tensor`, which belongs to the parameter or buffer `name` of the layer: itself, a slot, a mask."""
+    if layer.weight.dim() == 1 or is_depthwise(layer):
+        keep = keep_indexes_output if keep_indexes_output is not None else keep_indexes_input
+        return shrink_vector(tensor, keep)
+    if name == "weight":
+        return shrink_tensor(tensor, keep_indexes_input, keep_indexes_output, unfold_factor,
+                             getattr(layer, "groups", 1))
+    return tensor if keep_indexes_output is None else shrink_vector(tensor, keep_indexes_output)
+
+
+def is_depthwise(layer):
+    """Whether each channel of a convolution has a filter of its own."""
+    return 1 < getattr(layer, "groups", 1) == layer.in_channels == layer.out_channels
+
+
+def set_widths(layer, keep):
+    """The attributes that name widths, after the tensors were cut."""
+    if layer.weight.dim() == 1:
+        layer.num_features = len(layer.weight)
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif is_depthwise(layer):
+        layer.in_channels = layer.out_channels = layer.groups = len(keep)
+    else:
+        layer.out_channels, layer.in_channels = len(layer.weight), layer.weight.shape[1] * layer.groups
+
+
+def shrink_slots(optimizer, layer, keep_indexes_input=None, keep_indexes_output=None, unfold_factor=1):
+    """Cut an optimizer's slots (momentum and the like) as `shrink_layer` will cut the layer; called before it."""
+    for name, parameter in layer.named_parameters(recurse=False):
+        slots = optimizer.state.get(parameter, {})
+        for slot, tensor in slots.items():
+            if isinstance(tensor, torch.Tensor) and tensor.shape == parameter.shape:
+                slots[slot] = cut(tensor, layer, name, keep_indexes_input, keep_indexes_output, unfold_factor)
+
+
+# ---- a whole network that names its channel spaces
+
+def remove(model, space, keep, average=None, optimizer=None, masks=None):
+    """Remove all but the channels `keep` of one space of `model.channels()`, physically and exactly.
+
+    keep: rising LongTensor of channels as their maker numbers them; where groups
+    share them, `balanced` gives one that fits. The weight average, the optimizer's
+    slots and the masks of pruned weights shrink with it. Evaluated, the network
+    gives what it gave with those channels at zero behind their batch norm.
+    """
+    if space["branch"] is None and len(space["makers"]) > 1:
+        refuse_selective(model, space)
+    reads, order = keep, None
+    if space["shuffled"]:
+        order = order_of(model.get_submodule(space["shuffled"]), len(model.get_submodule(space["makers"][0]).weight))
+        stays = torch.isin(order, keep)
+        reads, order = stays.nonzero().flatten(), torch.searchsorted(keep, order[stays])
+    outputs = [(name, None, keep, 1) for name in space["makers"] + space["norms"] + space["depthwise"]]
+    inputs = [(name, reads, None, space["unfold"]) for name in space["readers"]]
+    for name, *indexes in outputs + inputs:
+        layer = model.get_submodule(name)
+        if optimizer is not None:
+            shrink_slots(optimizer, layer, *indexes)
+        if masks and f"{name}.weight" in masks:
+            masks[f"{name}.weight"] = cut(masks[f"{name}.weight"], layer, "weight", *indexes)
+        for network in (model, average):
+            if network is not None:
+                shrink_layer(network.get_submodule(name), *indexes)
+    for network in (model, average):
+        if network is not None:
+            rearrange(network, space, keep, order)
+
+
+def rearrange(model, space, keep, order):
+    """Note in the block what the removal means for its shuffle and for its sum."""
+    device = next(model.parameters()).device
+    if space["shuffled"]:
+        model.get_submodule(space["shuffled"]).order = order.to(device)
+    if space["branch"]:
+        block = model.get_submodule(space["branch"])
+        keep = keep.to(device)
+        block.positions = keep if block.positions is None else block.positions[keep]
+
+
+def order_of(block, channels):
+    """The (C,) channels, as the first convolution numbers them, in the order in which the second reads them."""
+    if block.order is not None:
+        return block.order.cpu()
+    numbers = torch.arange(channels, dtype=torch.float32).view(1, -1, 1, 1)
+    return block.shuffle(numbers).flatten().long()
+
+
+def refuse_selective(model, space):
+    """ValueError where a residual stream would shrink below branches that are added selectively."""
+    for name, block in model.named_modules():
+        if getattr(block, "positions", None) is not None and any(maker.startswith(f"{name}.")
+                                                                 for maker in space["makers"]):
+            raise ValueError(f"{space['name']} cannot shrink: the branch of {name} is added selectively already")
+
+
+def partitions(model, space):
+    """(rows, columns): for each channel of a space its group where it is made and where it is read, both (C,)."""
+    layers = {kind: [model.get_submodule(name) for name in space[kind]] for kind in ("makers", "readers")}
+    count = len(layers["makers"][0].weight)
+    rows, columns = (max((getattr(layer, "groups", 1) for layer in layers[kind]), default=1)
+                     for kind in ("makers", "readers"))
+    channels = torch.arange(count)
+    made, read = channels // max(1, count // rows), channels // max(1, count // columns)
+    if space["shuffled"]:
+        places = torch.empty(count, dtype=torch.long)
+        places[order_of(model.get_submodule(space["shuffled"]), count)] = channels
+        read = places // max(1, count // columns)
+    return (made if rows > 1 else read), (read if columns > 1 else made)
+
+
+def balanced(weak, scores, rows, columns, round_to=1):
+    """The channels that stay: all but as many of the `weak` ones as can leave with equal numbers in each group.
+
+    weak: (C,) bool; scores: (C,), the weakest leave first; rows, columns: (C,)
+    the group of each where it is made and where it is read (`partitions`). A
+    removal takes one channel of every row and column, the cheapest such choice;
+    at least one stays in each, and as many that the width is a multiple of
+    `round_to`, or of the groups where that is more. Returns a rising LongTensor.
+    """
+    from scipy.optimize import linear_sum_assignment
+    groups = int(rows.max()) + 1
+    waiting = sorted(weak.nonzero().flatten().tolist(), key=lambda channel: float(scores[channel]))
+    removals = []
+    while len(removals) < len(weak) // groups - 1:
+        cheapest = {}
+        for channel in waiting:
+            cheapest.setdefault((int(rows[channel]), int(columns[channel])), channel)
+        cost = torch.full((groups, groups), math.inf, dtype=torch.float64)
+        for place, channel in cheapest.items():
+            cost[place] = float(scores[channel])
+        ceiling = 1 + groups * max((abs(value) for value in cost[torch.isfinite(cost)].tolist()), default=0.0)
+        chosen = list(zip(*linear_sum_assignment(cost.nan_to_num(posinf=2 * ceiling).numpy()), strict=True))
+        if not all(place in cheapest for place in chosen):
+            break
+        removals.append({cheapest[place] for place in chosen})
+        waiting = [channel for channel in waiting if channel not in removals[-1]]
+    while removals and (len(weak) - groups * len(removals)) % max(1, round_to // math.gcd(round_to, groups) * groups):
+        removals.pop()
+    stays = torch.ones(len(weak), dtype=torch.bool)
+    stays[[channel for gone in removals for channel in gone]] = False
+    return stays.nonzero().flatten()

@@ -1,0 +1,331 @@
+"""Filter pruning: the published functions by hand, whole networks, both drivers, files and resuming."""
+import copy
+import json
+import shlex
+
+import pytest
+import torch
+from conftest import same
+from torch import nn
+
+import checkpoint
+import experiment
+import filter_pruning
+import models
+import profil
+import resnet_factorized
+import test as half_test
+import train
+import train_pruning
+from filter_pruning import (
+    Pruner,
+    absolute_reduce,
+    reduce_network,
+    relative_reduce,
+    relative_reduce_1D,
+    relative_reduce_2D,
+    relative_reduce_layer,
+    shrink_layer,
+    shrink_tensor,
+    shrink_vector,
+)
+
+SHORT = shlex.split("--dataset digits --device cpu --compile off --mixing none --model lenet5 --lr 0.03 "
+                    "--batch-size 32")
+
+
+# ---- the published functions
+
+def test_absolute_reduce_is_equation_one():
+    weights = torch.tensor([[3.0, 4.0], [0.6, 0.8], [0.0, 0.0], [0.3, 0.4]])
+    keep = absolute_reduce(weights, 1.0, weights.norm(dim=1))
+    assert keep.tolist() == [0] and keep.dtype == torch.long
+    expected = torch.tensor([[3.0, 4.0], [0, 0], [0, 0], [0, 0]]) * torch.tensor([4 / 5, 0, 0, 0])[:, None]
+    torch.testing.assert_close(weights, expected)
+    assert bool((weights[1:] == 0).all())
+
+
+def test_threshold_zero_keeps_all_but_the_zeros_and_changes_nothing():
+    weights = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-15, 0.0]])
+    before = weights.clone()
+    assert absolute_reduce(weights, 0.0, weights.norm(dim=1)).tolist() == [0, 2]
+    torch.testing.assert_close(weights, before)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.999])
+def test_relative_threshold_leaves_the_longest(ratio):
+    weights = torch.randn(20, 7)
+    longest = weights.norm(dim=1).argmax().item()
+    assert longest in relative_reduce(weights, ratio, weights.norm(dim=1)).tolist()
+
+
+def test_layers_are_told_by_their_weight():
+    linear, convolution = nn.Linear(5, 8), nn.Conv2d(3, 8, 3)
+    for layer, function, norms in ((linear, relative_reduce_1D, linear.weight.norm(dim=1)),
+                                   (convolution, relative_reduce_2D, convolution.weight.pow(2).sum((1, 2, 3)).sqrt())):
+        norms, twin = norms.detach(), copy.deepcopy(layer)
+        keep = relative_reduce_layer(layer, 0.8)
+        assert keep.tolist() == (norms > 0.8 * norms.max()).nonzero().flatten().tolist()
+        assert torch.equal(keep, function(twin.weight.detach(), 0.8)) and torch.equal(layer.weight, twin.weight)
+        torch.testing.assert_close(layer.weight.detach().flatten(1).norm(dim=1),
+                                   (norms - 0.8 * norms.max()).clamp_min(0))
+    with pytest.raises(ValueError, match="BatchNorm2d has weights of shape"):
+        relative_reduce_layer(nn.BatchNorm2d(3), 0.1)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: absolute_reduce(torch.ones(2, 2), -1, torch.ones(2)), "at least 0"),
+    (lambda: absolute_reduce(torch.ones(2, 2), float("nan"), torch.ones(2)), "at least 0"),
+    (lambda: absolute_reduce(torch.ones(2, 2), 1, torch.tensor([1.0, torch.inf])), "1 of 2 outputs"),
+    (lambda: relative_reduce(torch.ones(2, 2), 1.0, torch.ones(2)), r"outside \[0, 1\)")])
+def test_wrong_thresholds_and_weights_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_published_functions_shrink_a_network_in_somebodys_own_loop():
+    """Convolution, flatten, linear: what the report's example does, and the output is that of the zeroed network."""
+    convolution, linear = nn.Conv2d(1, 6, 3), nn.Linear(6 * 4, 3)
+    images = torch.randn(2, 1, 4, 4)
+    keep = relative_reduce_layer(convolution, 0.9)
+    assert 0 < len(keep) < 6
+    with torch.no_grad():
+        convolution.bias[[k for k in range(6) if k not in keep.tolist()]] = 0
+    expected = linear(torch.relu(convolution(images)).flatten(1))
+    parts = convolution.weight[keep], convolution.bias[keep]
+    assert torch.equal(shrink_tensor(convolution.weight, None, keep), parts[0])
+    assert torch.equal(shrink_vector(convolution.bias, keep), parts[1])
+    assert shrink_vector(torch.arange(6), torch.tensor([1, 2]), 2).tolist() == [2, 3, 4, 5]
+    shrink_layer(convolution, keep_indexes_output=keep)
+    shrink_layer(linear, keep_indexes_input=keep, unfold_factor=4)
+    torch.testing.assert_close(linear(torch.relu(convolution(images)).flatten(1)), expected)
+
+
+# ---- whole networks
+
+@pytest.mark.parametrize("name, threshold", [("lenet5", 0.97), ("resnet20", 0.95), ("mobilenet", 0.8),
+                                             ("resnet18", 0.9)])
+@pytest.mark.parametrize("columns", [False, True])
+def test_what_leaves_is_below_the_threshold(name, threshold, columns):
+    model = experiment.build(name).eval()
+    reference = copy.deepcopy(model)
+    found = reduce_network(model, threshold, columns=columns)
+    spaces = filter_pruning.reducible(reference)
+    assert list(found) == [space["name"] for space in spaces]
+    for before, after, held in found.values():
+        assert 1 <= after <= before and held >= 0
+    parts = (filter_pruning.read_weights if columns else filter_pruning.made_weights)(reference, spaces[0])
+    norms = torch.cat([weights.flatten(1).norm(dim=1) for _, weights in parts])
+    before, after, held = found[spaces[0]["name"]]               # of the first layer nothing had left before
+    assert after - held == int((norms > threshold * norms.max()).sum())
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert sum(p.numel() for p in model.parameters()) < 0.8 * sum(p.numel() for p in reference.parameters())
+
+
+def test_groups_keep_as_many_each_and_what_is_held_is_counted():
+    model = resnet_factorized.build("resnet18", 8)
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[:3].mul_(1e-3)              # three weak filters, all of the first group
+    found = reduce_network(model, 0.05)
+    assert found["layer1.0.conv1"] == (64, 64, 3)
+    assert bool((model.layer1[0].conv1.weight[:3] == 0).all())
+
+
+def test_layer_by_layer_takes_one_in_turn():
+    model = models.build("lenet5")
+    names = [space["name"] for space in filter_pruning.reducible(model)]
+    assert [list(reduce_network(model, 0.1, turn=turn)) for turn in range(5)] == [[name] for name in [*names, names[0]]]
+
+
+def test_absolute_threshold_beyond_all_keeps_one_channel():
+    model = models.build("lenet5")
+    found = reduce_network(model, 1e6, relative=False)
+    assert all(after == 1 for _, after, _ in found.values())
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+# ---- filters leave while training
+
+def filters_run(out, *flags):
+    train_pruning.main([*SHORT, "--pruning", "filters", "--filter-threshold", "0.6", "--filter-stop", "0.5", "--epochs",
+                        "12", "--out", str(out), *flags])
+    return checkpoint.read(out / "last.pt")
+
+
+@pytest.fixture(scope="module")
+def shrunk_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("filters") / "run"
+    return out, filters_run(out)
+
+
+def test_the_network_shrinks_until_the_stop_and_keeps_learning(shrunk_run):
+    out, state = shrunk_run
+    sizes = [row["parameters"] for row in state["history"]]
+    assert sizes[0] == 62_006 > 10 * sizes[5] and sizes == sorted(sizes, reverse=True) and len(set(sizes[5:])) == 1
+    assert sizes[-1] == sum(tensor.numel() for tensor in state["weights"].values())
+    assert state["history"][-1]["validation_accuracy"] > 80
+    for name, tensor in state["weights"].items():
+        assert state["average"][name].shape == tensor.shape
+
+
+def test_a_shrunk_network_is_tested_and_profiled_physically(shrunk_run, capsys):
+    out, state = shrunk_run
+    half_test.main(["--checkpoint", str(out / "model.pt"), "--json"])
+    assert json.loads(capsys.readouterr().out)["accuracy"] > 80
+    profil.main(["--checkpoint", str(out / "model.pt"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == state["history"][-1]["parameters"] and found["macs"] < 651_000
+
+
+def test_stopped_after_every_epoch_is_the_run_that_was_not(shrunk_run, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def save(run, real=train.save):
+        real(run)
+        raise Stop
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", save)
+        for epoch in range(12):
+            with pytest.raises(Stop):
+                train_pruning.main(["--resume", "--out", str(out)]) if epoch else filters_run(out)
+    train_pruning.main(["--resume", "--out", str(out)])
+    assert same(checkpoint.read(out / "model.pt"), checkpoint.read(shrunk_run[0] / "model.pt"))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--sparsity", "0.5"], "takes one number of epochs and no --sparsity"),
+    (["--filter-threshold", "1"], "below 1; --no-filter-relative takes a norm"),
+    (["--filter-interval", "0"], "--filter-interval 0"), (["--filter-stop", "1.5"], "--filter-stop 1.5")])
+def test_settings_that_cannot_be_are_refused(flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        filters_run(tmp_path / "run", *flags)
+
+
+def test_grouped_residual_network_shrinks_with_variants(tmp_path):
+    flags = ["--model", "resnet18", "--limit", "32", "--epochs", "2", "--filter-interval", "1", "--filter-stop", "1",
+             "--batch-size", "16", "--filter-threshold", "0.9", "--filter-columns"]
+    state = filters_run(tmp_path / "run", *flags)
+    assert state["history"][-1]["parameters"] < 0.5 * 1_411_146
+    model, _ = train.load_network(tmp_path / "run" / "model.pt")
+    assert any(getattr(module, "positions", None) is not None for module in model.modules())
+
+
+# ---- the L1 cycle
+
+def lenet_with_norms(values):
+    """LeNet-5 whose first convolution has filters of these L1 norms, and whose other layers have equal ones."""
+    model = models.build("lenet5")
+    for name in ("conv1", "conv2", "linear1", "linear2"):
+        nn.init.constant_(model.get_submodule(name).weight, 0.01)
+    with torch.no_grad():
+        model.conv1.weight.copy_((torch.tensor(values) / 75).view(-1, 1, 1, 1).expand_as(model.conv1.weight))
+    return model
+
+
+@pytest.mark.parametrize("step, part, left", [
+    (0.5, 0.0, [3, 4, 5]),             # three at most, and three are below the mean of 3.5
+    (0.4, 0.0, [2, 3, 4, 5]),          # two at most
+    (0.9, 1.0, [1, 2, 3, 4, 5]),       # below 3.5 - 1.708 is one
+    (0.9, 5.0, [0, 1, 2, 3, 4, 5]), (0.1, 0.0, [0, 1, 2, 3, 4, 5])])
+def test_a_step_takes_the_lowest_norms_within_both_limits(step, part, left):
+    model = lenet_with_norms([1.0, 2, 3, 4, 5, 6])
+    kept = model.conv1.weight[left].clone()
+    changed = Pruner({"pruning_percent_step": step, "pruning_standart_deviation_part": part}).step(model)
+    assert torch.equal(model.conv1.weight, kept)
+    assert changed == ({"conv1": (6, len(left))} if len(left) < 6 else {})
+
+
+def test_widths_stay_multiples():
+    model = lenet_with_norms([1.0, 2, 3, 4, 5, 6])
+    Pruner({"pruning_percent_step": 0.5, "pruning_standard_deviation_part": 0, "round_to": 2}).step(model)
+    assert len(model.conv1.weight) == 4
+
+
+def test_the_cycle_ends_at_the_limit_and_saves_what_is_within(tmp_path):
+    model, losses, trained = lenet_with_norms([1.0, 2, 3, 4, 5, 6]), iter([0.5, 0.6, 0.9, 2.0]), []
+    pruner = Pruner({"pruning_percent_step": 0.34, "pruning_standard_deviation_part": 0, "stop_loss": 1,
+                     "finetuning_epochs": 3, "output_model_path": str(tmp_path / "out.pt")})
+    history = pruner.prune(model, lambda network, epochs: trained.append(epochs), lambda network: next(losses),
+                           plots=tmp_path)
+    assert [row["loss"] for row in history] == [0.5, 0.6, 0.9, 2.0] and trained == [3, 3, 3]
+    assert [row["step"] for row in history] == [0, 1, 2, 3] and history[0]["parameters"] > history[3]["parameters"]
+    assert len(checkpoint.read(tmp_path / "out.pt")["weights"]["conv1.weight"]) == 3 > len(model.conv1.weight)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["norms-1.png", "norms-2.png", "norms-3.png"]
+    filter_pruning.draw_cycle(tmp_path / "cycle.png", history)
+    assert (tmp_path / "cycle.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cycle_ends_when_nothing_qualifies_and_never_empties_a_layer():
+    model = models.build("cifar-quick")
+    pruner = Pruner({"pruning_percent_step": 1, "pruning_standard_deviation_part": 0, "stop_loss": 1})
+    history = pruner.prune(model, lambda network, epochs: None, lambda network: 0.5)
+    assert 2 < len(history) < 30
+    assert all(width > 0 for widths in checkpoint.widths_of(model).values() for width in widths)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_limit_that_is_exceeded_at_once_is_an_error():
+    with pytest.raises(ValueError, match="0.5 before any filter is removed, above stop_loss 0.1"):
+        Pruner({}).prune(models.build("lenet5"), None, lambda network: 0.5)
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"stop": 1}, "no setting is called 'stop'"), ({"pruning_percent_step": 2}, "pruning_percent_step 2: it must be"),
+    ({"finetuning_epochs": True}, "finetuning_epochs True"), ({"stop_loss": "low"}, "stop_loss 'low'"),
+    ({"round_to": 0}, "round_to 0")])
+def test_settings_of_a_cycle_are_checked(config, message):
+    with pytest.raises(ValueError, match=message):
+        Pruner(config)
+
+
+def test_settings_of_a_cycle_come_from_a_file(tmp_path):
+    path = tmp_path / "cycle.json"
+    path.write_text('{"stop_loss": 0.3, "pruning_standart_deviation_part": 0.1}')
+    assert Pruner(path).settings == {**filter_pruning.SETTINGS, "stop_loss": 0.3,
+                                     "pruning_standard_deviation_part": 0.1}
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="cycle.json is no JSON object"):
+        Pruner(path)
+
+
+def test_what_it_cannot_do_is_refused_by_name():
+    with pytest.raises(ValueError, match="'linear' cannot lose filters.*these can: layer1.0.conv1"):
+        Pruner({"layers": ["linear"]}).step(resnet_factorized.build("resnet18", 8))
+    with pytest.raises(ValueError, match="Sequential does not say which layers share channels"):
+        Pruner({}).step(nn.Sequential(nn.Linear(2, 2)))
+    model = models.build("lenet5")
+    model.conv2.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="conv2 has weights that are NaN"):
+        Pruner({}).step(model)
+
+
+def test_cycle_by_its_line_goes_on_when_stopped(tmp_path, monkeypatch):
+    (tmp_path / "cycle.json").write_text('{"finetuning_epochs": 2, "pruning_percent_step": 0.3, '
+                                         '"pruning_standard_deviation_part": 0, "stop_loss": 1.2}')
+    flags = [*SHORT, "--pruning", "l1_cycle", "--epochs", "5", "--cycle", str(tmp_path / "cycle.json")]
+    train_pruning.main([*flags, "--out", str(tmp_path / "whole")])
+    saves = []
+
+    class Stop(Exception):
+        pass
+
+    def save(run, real=train.save):
+        real(run)
+        saves.append(len(run.history))
+        if len(saves) in (2, 6, 7):
+            raise Stop
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", save)
+        for start in ([*flags], ["--resume"], ["--resume"]):
+            with pytest.raises(Stop):
+                train_pruning.main([*start, "--out", str(tmp_path / "parts")])
+        train_pruning.main(["--resume", "--out", str(tmp_path / "parts")])
+    whole, parts = (checkpoint.read(tmp_path / out / "model.pt") for out in ("whole", "parts"))
+    assert same(whole, parts)
+    history = checkpoint.read(tmp_path / "whole" / "last.pt")["history"]
+    assert [row["round"] for row in history[:9]] == [1] * 5 + [2, 2, 3, 3]
+    within = [row for row in history if row["validation_loss"] <= 1.2]
+    assert sum(tensor.numel() for tensor in whole["weights"].values()) == within[-1]["parameters"]
+    assert (tmp_path / "whole" / "cycle.png").exists() and (tmp_path / "whole" / "norms-1.png").exists()

@@ -1,0 +1,247 @@
+"""Channels that leave: masked and shrunk networks agree, optimizers and averages follow, files keep the structure."""
+import copy
+
+import pytest
+import torch
+import torch_pruning
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import checkpoint
+import experiment
+import models
+import resnet_factorized
+import shrinking
+
+NETWORKS = [("resnet18", 8, True), ("resnet18", 8, False), ("resnet18", 4, True), ("resnet18", 1, False),
+            ("resnet50", 8, True), ("resnet20", None, None), ("wrn-10-2", None, None), ("lenet5", None, None),
+            ("cifar-quick", None, None), ("mobilenet", None, None)]
+
+
+def network(name, groups, shuffle):
+    """An architecture and its network in evaluation mode, with batch norm that is far from doing nothing."""
+    torch.manual_seed(0)
+    architecture = {"name": name} | ({"groups": groups, "shuffle": shuffle} if groups else {})
+    model = experiment.build(**architecture).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_()
+    return architecture, model
+
+
+@torch.no_grad()
+def silence(model, space, keep):
+    """Set all channels of a space but `keep` to zero behind their norm (or in their maker): what removal must equal."""
+    count = len(model.get_submodule(space["makers"][0]).weight)
+    gone = [channel for channel in range(count) if channel not in set(keep.tolist())]
+    for name in [*space["norms"], *space["makers"]]:
+        layer = model.get_submodule(name)
+        layer.weight[gone] = 0
+        if layer.bias is not None:
+            layer.bias[gone] = 0
+
+
+def some_keep(model, space, share, generator):
+    """A random set of channels that may stay, balanced over the groups."""
+    rows, columns = shrinking.partitions(model, space)
+    weak = torch.rand(len(rows), generator=generator) < share
+    return shrinking.balanced(weak, torch.rand(len(rows), generator=generator), rows, columns)
+
+
+@pytest.mark.parametrize("name, groups, shuffle", NETWORKS)
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 2**31), share=st.floats(0.2, 1))
+def test_shrunk_equals_masked_for_random_channels_twice(name, groups, shuffle, seed, share):
+    architecture, shrunk = network(name, groups, shuffle)
+    generator, masked = torch.Generator().manual_seed(seed), copy.deepcopy(shrunk)
+    images, before = torch.randn(2, 3, 32, 32, generator=generator), sum(p.numel() for p in shrunk.parameters())
+    places = {}                                        # of the channels that are left, in the whole network
+    for _ in range(2):
+        for space in shrunk.channels():
+            if space["name"].startswith("stream"):
+                continue
+            keep = some_keep(shrunk, space, share, generator)
+            alive = places.get(space["name"], torch.arange(len(shrunk.get_submodule(space["makers"][0]).weight)))
+            places[space["name"]] = alive[keep]
+            silence(masked, space, alive[keep])
+            shrinking.remove(shrunk, space, keep)
+    with torch.no_grad():
+        expected = masked(images)
+        torch.testing.assert_close(shrunk(images), expected, atol=1e-5 * max(1, expected.abs().max().item()), rtol=0)
+    assert sum(p.numel() for p in shrunk.parameters()) < before
+    again = experiment.build(**architecture).eval()
+    checkpoint.load_weights(again, architecture, checkpoint.network_of(shrunk, architecture))
+    assert torch.equal(again(images), shrunk(images))
+
+
+@pytest.mark.parametrize("name, groups, shuffle", [("resnet18", 8, True), ("resnet18", 1, False),
+                                                   ("resnet50", 4, True)])
+def test_residual_streams_shrink_as_one(name, groups, shuffle):
+    _, shrunk = network(name, groups, shuffle)
+    masked, generator = copy.deepcopy(shrunk), torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 16, 16)
+    for space in shrunk.channels():
+        if space["name"].startswith("stream"):
+            keep = some_keep(shrunk, space, 0.6, generator)
+            assert len(keep) < len(shrunk.get_submodule(space["makers"][0]).weight)
+            silence(masked, space, keep)
+            shrinking.remove(shrunk, space, keep)
+    with torch.no_grad():
+        expected = masked(images)
+        torch.testing.assert_close(shrunk(images), expected, atol=1e-5 * max(1, expected.abs().max().item()), rtol=0)
+
+
+def test_a_stream_below_a_selective_addition_is_refused():
+    _, model = network("resnet18", 8, True)
+    spaces = {space["name"]: space for space in model.channels()}
+    shrinking.remove(model, spaces["layer1.0.conv2"], torch.arange(0, 64, 2))
+    with pytest.raises(ValueError, match="stream0 cannot shrink: the branch of layer1.0 is added selectively"):
+        shrinking.remove(model, spaces["stream0"], torch.arange(0, 64, 2))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "mobilenet"])
+def test_the_same_channels_removed_by_torch_pruning_give_the_same_output(name):
+    """Without groups, where that package is exact; it shrinks the whole residual stream, so do we."""
+    architecture = {"name": name, "groups": 1, "shuffle": False} if name == "resnet18" else {"name": name}
+    ours = network(name, *((1, False) if name == "resnet18" else (None, None)))[1]
+    theirs, generator = copy.deepcopy(ours), torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 32, 32)
+    graph = torch_pruning.DependencyGraph().build_dependency(theirs, images)
+    assert architecture["name"] == name
+    for space in ours.channels():
+        if space["branch"]:
+            continue
+        keep = some_keep(ours, space, 0.5, generator)
+        maker = theirs.get_submodule(space["makers"][0])
+        gone = [channel for channel in range(len(maker.weight)) if channel not in set(keep.tolist())]
+        prune = (torch_pruning.prune_linear_out_channels if isinstance(maker, nn.Linear)
+                 else torch_pruning.prune_conv_out_channels)
+        graph.get_pruning_group(maker, prune, idxs=gone).prune()
+        shrinking.remove(ours, space, keep)
+    with torch.no_grad():
+        expected = theirs(images)
+        torch.testing.assert_close(ours(images), expected, atol=1e-5 * max(1, expected.abs().max().item()), rtol=0)
+    assert checkpoint.widths_of(ours) == checkpoint.widths_of(theirs)
+
+
+# ---- what follows a layer
+
+def test_average_optimizer_and_masks_follow():
+    _, model = network("resnet18", 8, True)
+    average, parameters = copy.deepcopy(model), list(model.parameters())
+    masks = {name: torch.rand(weight.shape) < 0.5 for name, weight in model.named_parameters() if weight.dim() > 1}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    model.train()(torch.randn(4, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():                              # so that slots, masks and average can be told by their weights
+        for name, weight in model.named_parameters():
+            optimizer.state[weight]["momentum_buffer"].copy_(weight)
+            average.get_parameter(name).copy_(weight)
+            if name in masks:
+                weight.mul_(masks[name])
+    for space in model.channels():
+        if not space["name"].startswith("stream"):
+            keep = some_keep(model, space, 0.7, torch.Generator().manual_seed(0))
+            shrinking.remove(model, space, keep, average, optimizer, masks)
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    for name, weight in model.named_parameters():
+        slot = optimizer.state[weight]["momentum_buffer"]
+        assert torch.equal(slot, average.get_parameter(name)), name
+        assert torch.equal(slot * masks[name] if name in masks else slot, weight), name
+        assert weight.grad is None or weight.grad.shape == weight.shape
+    before = model.layer1[0].conv1.weight.clone()
+    model(torch.randn(4, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.layer1[0].conv1.weight, before)
+
+
+def test_shrink_layer_by_hand():
+    keep_in, keep_out = torch.tensor([0, 2]), torch.tensor([1, 3])
+    layer = nn.Linear(6, 4)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    assert shrinking.shrink_layer(layer, keep_in, keep_out, unfold_factor=2) is layer
+    assert torch.equal(layer.weight, weight[[1, 3]][:, [0, 1, 4, 5]]) and torch.equal(layer.bias, bias[[1, 3]])
+    assert (layer.in_features, layer.out_features) == (4, 2)
+    layer = nn.Conv2d(8, 4, 3, groups=2)
+    weight = layer.weight.detach().clone()
+    shrinking.shrink_layer(layer, torch.tensor([0, 3, 5, 6]), torch.tensor([1, 2]))
+    assert torch.equal(layer.weight, torch.stack([weight[1, [0, 3]], weight[2, [1, 2]]]))
+    assert (layer.in_channels, layer.out_channels, layer.groups) == (4, 2, 2)
+    layer = nn.Conv2d(5, 5, 3, groups=5)
+    shrinking.shrink_layer(layer, keep_indexes_output=keep_out)
+    assert (layer.in_channels, layer.out_channels, layer.groups) == (2, 2, 2)
+    assert layer(torch.ones(1, 2, 4, 4)).shape == (1, 2, 2, 2)
+    layer = nn.BatchNorm2d(4)
+    layer.running_mean.copy_(torch.arange(4))
+    shrinking.shrink_layer(layer, keep_indexes_output=keep_out)
+    assert layer.running_mean.tolist() == [1, 3] and layer.num_features == 2
+    layer.eval()(torch.ones(1, 2, 3, 3))
+
+
+@pytest.mark.parametrize("inputs, outputs, message", [
+    ([0, 1, 2], None, r"inputs of 2 groups: \[3, 0\] would stay"),
+    ([0, 1, 4], None, r"\[2, 1\] would stay"), (None, [0, 1], r"outputs of 2 groups: \[2, 0\] would stay"),
+    (None, [2, 1], "rising order")])
+def test_groups_that_would_keep_different_numbers_are_refused(inputs, outputs, message):
+    layer = nn.Conv2d(8, 4, 3, groups=2)
+    keep = [None if indexes is None else torch.tensor(indexes) for indexes in (inputs, outputs)]
+    with pytest.raises(ValueError, match=message):
+        shrinking.shrink_layer(layer, *keep)
+    assert layer.weight.shape == (4, 4, 3, 3)
+
+
+@given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 6), st.floats(0, 1), st.integers(0, 2**31))
+def test_balanced_takes_equally_many_weak_channels_from_every_group(groups, size, round_to, share, seed):
+    """Rows and columns as in a network with shuffle; the strong ones stay, and a group keeps at least one."""
+    count, generator = groups * groups * size, torch.Generator().manual_seed(seed)
+    rows, order = torch.arange(count) // (count // groups), torch.arange(count).view(groups, -1).t().flatten()
+    columns = torch.empty(count, dtype=torch.long)
+    columns[order] = torch.arange(count) // (count // groups)
+    weak, scores = torch.rand(count, generator=generator) < share, torch.rand(count, generator=generator)
+    keep = shrinking.balanced(weak, scores, rows, columns, round_to)
+    gone = torch.ones(count, dtype=torch.bool)
+    gone[keep] = False
+    assert bool((keep.diff() > 0).all()) and bool(weak[gone].all())
+    for part in (rows, columns):
+        left = torch.bincount(part[keep], minlength=groups)
+        assert left.min() == left.max() >= 1
+    assert len(keep) == count or len(keep) % round_to == 0
+    if bool(weak.all()) and round_to == 1:
+        assert len(keep) == groups
+
+
+def test_balanced_removes_the_weakest():
+    rows = torch.zeros(6, dtype=torch.long)
+    scores = torch.tensor([5.0, 1, 4, 2, 6, 3])
+    assert shrinking.balanced(scores < 4.5, scores, rows, rows).tolist() == [0, 4]
+    assert shrinking.balanced(scores < 4.5, scores, rows, rows, round_to=4).tolist() == [0, 2, 4, 5]
+    two = torch.tensor([0, 0, 0, 1, 1, 1])
+    assert shrinking.balanced(scores < 4.5, scores, two, two).tolist() == [0, 4]
+    assert shrinking.balanced(scores < 2.5, scores, two, two).tolist() == [0, 2, 4, 5]
+
+
+def test_unknown_buffers_and_lost_blocks_come_from_the_file():
+    architecture, model = network("resnet18", 8, True)
+    block = model.layer2[1]
+    block.conv1 = block.bn1 = block.conv2 = block.bn2 = None
+    images = torch.randn(2, 3, 16, 16)
+    again = resnet_factorized.build(**architecture).eval()
+    checkpoint.load_weights(again, architecture, checkpoint.network_of(model, architecture))
+    assert again.layer2[1].conv1 is None and torch.equal(again(images), model(images))
+    assert "layer2.1.conv1" not in [space["name"] for space in again.channels()]
+
+
+def test_network_names_every_layer_in_its_spaces():
+    """But for the classifier, each layer's outputs are in one space, or in a branch and its stream."""
+    for name, groups, shuffle in NETWORKS[:5]:
+        _, model = network(name, groups, shuffle)
+        makers = [maker for space in model.channels() for maker in space["makers"] if not space["branch"]]
+        layers = [layer for layer, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        assert sorted(makers) == sorted(set(layers) - {"linear"})
+        readers = [reader for space in model.channels() for reader in space["readers"]]
+        assert sorted(readers) == sorted(set(layers) - {"conv1"})
+    assert models.build("lenet5").channels()
