@@ -18,12 +18,13 @@ import torch
 FREE = {"data", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
 GRADUAL = ("polynomial", "constant")      # weights pruned while training, by a schedule; otherwise between rounds
 SHRINKING = ("filters", "l1_cycle", "morphnet")       # whole channels leave the network
-BOUNDS = {"batch_size": (1, math.inf), "limit": (2, math.inf), "lr": (1e-12, math.inf), "momentum": (0, 1),
-          "weight_decay": (0, math.inf), "label_smoothing": (0, 1), "mix_probability": (0, 1),
+BOUNDS = {"pad": (0, 16), "batch_size": (1, math.inf), "limit": (2, math.inf), "lr": (1e-12, math.inf),
+          "momentum": (0, 1), "weight_decay": (0, math.inf), "label_smoothing": (0, 1), "mix_probability": (0, 1),
           "mix_alpha": (0, math.inf),
           "ema_decay": (0, 1), "minimum_density": (0, 1), "prune_begin": (0, 1), "prune_end": (0, 1),
           "prune_frequency": (1, math.inf), "filter_threshold": (0, math.inf), "filter_interval": (1, math.inf),
-          "filter_stop": (0, 1), "stop_loss": (0, math.inf), "seed": (0, 2**63 - 1)}
+          "morph_strength": (0, math.inf), "morph_threshold": (0, math.inf), "morph_budget": (1e-6, math.inf),
+          "morph_round_to": (1, math.inf), "filter_stop": (0, 1), "stop_loss": (0, math.inf), "seed": (0, 2**63 - 1)}
 
 
 def read_lines(path):
@@ -64,6 +65,7 @@ def training_parser(description, choices, datasets):
     parser.add_argument("--epochs", type=int, nargs="+", help="of each round")
     parser.add_argument("--recipe", choices=["ours", "published"], help="published: as the original run trained")
     for name, what in (("batch-size", "images a step"), ("limit", "at most so many images in each split"),
+                       ("pad", "pixels by which a crop may be off (4)"),
                        ("seed", "of weights, shuffling, augmentation and mixing")):
         parser.add_argument("--" + name, type=int, help=what)
     for name in ("lr", "momentum", "weight-decay", "label-smoothing", "mix-probability", "mix-alpha", "ema-decay"):
@@ -101,6 +103,10 @@ def check_settings(settings):
         if sparsity or not epochs or len(epochs) > 1 and settings["pruning"] == "filters":
             raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: pruning {settings['pruning']!r} "
                              "removes channels, so it takes one number of epochs and no --sparsity")
+        if settings["pruning"] == "morphnet" and len(epochs) < 2:
+            raise ValueError(f"epochs {epochs}: MorphNet takes two numbers or more, rounds that search for widths and "
+                             "one that trains the structure")
+        check_morphnet(settings)
         if settings["filter_relative"] and settings["filter_threshold"] >= 1:
             raise ValueError(f"--filter-threshold {settings['filter_threshold']}: as a share of a layer's largest "
                              "norm it must be below 1; --no-filter-relative takes a norm")
@@ -114,6 +120,13 @@ def check_settings(settings):
     elif len(epochs) != len(sparsity) + 1:
         raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: pruning comes between two rounds, "
                          "so there must be one more number of epochs than of sparsities")
+
+
+def check_morphnet(settings):
+    """ValueError unless the device of a latency cost is two numbers above 0."""
+    device = settings["morph_device"]
+    if settings["morph_cost"] == "latency" and (not device or min(device) <= 0):
+        raise ValueError("--morph-cost latency needs --morph-device: MACs a second and bytes a second, both above 0")
 
 
 def settings_to_resume(state, lines, given):

@@ -29,6 +29,7 @@ import filter_pruning
 import models
 import pruning
 import resnet_factorized
+from set_pruning_train import start_search
 from set_quantization_train import after_step, evaluation_weights
 
 
@@ -53,6 +54,7 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     schedule: object = None
     forward: object = None        # the model, or the model compiled
+    search: dict = None           # what MorphNet's penalty needs, in a round that searches
 
 
 # ---- before the first step
@@ -96,7 +98,9 @@ def join_rounds(settings, sparsity_given):
         settings["sparsity"] = [1 - math.prod(1 - share for share in settings["sparsity"])]
         settings["epochs"] = [sum(settings["epochs"])]
     if settings["pruning"] in commandline.SHRINKING and not sparsity_given:
-        settings["epochs"], settings["sparsity"] = [sum(settings["epochs"])], []
+        settings["sparsity"] = []
+        if settings["pruning"] != "morphnet":
+            settings["epochs"] = [sum(settings["epochs"])]
 
 
 def newest(name, folder="runs"):
@@ -168,7 +172,8 @@ def make_batches(data, kind, settings, device, generator):
         shuffled, plain, _ = cifar10.loaders(data, settings["dataset"], settings["batch_size"],
                                              limit=settings["limit"])
         return shuffled, plain, calibration
-    return (cifar10.Batches(data.x_train, data.y_train, settings["batch_size"], kind, device, generator, chosen=train),
+    return (cifar10.Batches(data.x_train, data.y_train, settings["batch_size"], kind, device, generator,
+                            settings["pad"], train),
             cifar10.Batches(data.x_train, data.y_train, 500, kind, device, chosen=validation), calibration)
 
 
@@ -218,6 +223,8 @@ def begin_round(run):
     else:
         shape = one_cycle if settings["schedule"] == "one-cycle" else warm_cosine
         run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: shape(step / steps))
+    height, width, channels = cifar10.KINDS[settings["dataset"]].shape
+    run.search = start_search(settings, run.round, run.model, (channels, height, width))
     after_step(run.model, settings["weights"], settings["binary_scale"])      # binary training starts within [-H, H]
     run.average = copy.deepcopy(run.model).eval() if settings["averaging"] == "ema" else None
 

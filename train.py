@@ -15,11 +15,11 @@ import torch.nn.functional as F
 import checkpoint
 import commandline
 import compiling
-import filter_pruning
 import pruning
 from experiment import autocast, begin_round, build, finish, newest, resumable, save, start
 from set_cutmix_train import cutmix
 from set_mixup_train import mixup
+from set_pruning_train import prune_on_schedule, reduce_filters, search_penalty
 from set_quantization_train import after_step, evaluation_weights, step_weights
 
 # ---- techniques: in each group one line is active; --mixing and the like override
@@ -60,9 +60,11 @@ DEFAULTS = {
     "prune_frequency": 100, "recalibrate": False,
     "filter_threshold": 0.1, "filter_relative": True, "filter_columns": False, "filter_one_layer": False,
     "filter_interval": 2, "filter_stop": 0.6, "cycle": None, "cycle_settings": {}, "stop_loss": None, "start": None,
+    "morph_cost": "macs", "morph_strength": 0.1, "morph_threshold": 0.01, "morph_budget": 0.5, "morph_round_to": 1,
+    "morph_device": None,
     "batch_size": 64, "lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
     "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "mix_per_sample": False,
-    "ema_decay": 0.998, "binary_scale": "one", "activation": "relu", "pooling": "max", "shortcut": "B",
+    "ema_decay": 0.998, "pad": 4, "binary_scale": "one", "activation": "relu", "pooling": "max", "shortcut": "B",
     "recipe": "ours", "compile": "auto", "device": "auto", "seed": 0,
     "limit": None, "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
 }
@@ -110,7 +112,10 @@ def run_epoch(run, bar):
     loss, accuracy = train_epoch(run, bar)
     trained = time.perf_counter() - begun
     if run.settings["pruning"] == "filters":
-        reduce_filters(run)
+        left = reduce_filters(run.settings, run.epoch + 1, run.model, run.average, run.optimizer, run.masks)
+        if left:
+            run.forward = compiling.again(run.model, run.forward)
+            print(f"removed: {left}", flush=True)
     if run.settings["recalibrate"] and run.epoch + 1 == run.settings["epochs"][run.round]:
         recalibrate(run, networks_of(run)[-1])
     validation_loss, validation_accuracy = measure(run)
@@ -141,7 +146,9 @@ def train_epoch(run, bar):
             images = images.contiguous(memory_format=torch.channels_last)
         loss, correct = train_step(run, images, labels, step)
         if run.settings["pruning"] in commandline.GRADUAL:
-            prune_on_schedule(run, run.epoch * len(run.train) + step)
+            steps = run.settings["epochs"][run.round] * len(run.train)
+            run.masks = prune_on_schedule(run.settings, run.epoch * len(run.train) + step, steps, run.model,
+                                          run.average, run.masks)
         totals += torch.stack([loss * len(images), correct])
         seen += len(images)
         bar.update(len(images))
@@ -165,6 +172,8 @@ def train_step(run, images, labels, step):
         with autocast(run.device):
             logits = run.forward(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["label_smoothing"])
+        if run.search is not None:
+            loss = loss + search_penalty(settings, run.model, run.search)
         loss.backward()
     pruning.mask_gradients(run.model, run.masks)
     refuse_nonfinite(run, loss, step)
@@ -176,37 +185,6 @@ def train_step(run, images, labels, step):
     if run.average is not None:
         update_average(run.average, run.model, settings["ema_decay"], run.epoch * len(run.train) + step)
     return loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum().float()
-
-
-def prune_on_schedule(run, step):
-    """Gradual pruning: where the schedule fires after `step`, new masks for the network and its average."""
-    settings = run.settings
-    steps, (sparsity,) = settings["epochs"][run.round] * len(run.train), settings["sparsity"]
-    end = max(1, min(round(settings["prune_end"] * steps), steps - 1))
-    when = min(round(settings["prune_begin"] * steps), end - 1), end, settings["prune_frequency"]
-    wanted = (pruning.constant_schedule(step, sparsity, *when) if settings["pruning"] == "constant"
-              else pruning.polynomial_schedule(step, 0.0, sparsity, *when))
-    if wanted is None:
-        return
-    run.masks = pruning.global_masks(run.model, wanted, run.masks, settings["minimum_density"], settings["exclude"],
-                                     settings["score"], of="all")
-    for model in networks_of(run):
-        pruning.apply_masks(model, run.masks)
-
-
-def reduce_filters(run):
-    """At an epoch's end, every so often and until the stop: weak filters go to zero and leave the network."""
-    settings, done = run.settings, run.epoch + 1
-    if done % settings["filter_interval"] or done > settings["filter_stop"] * settings["epochs"][run.round]:
-        return
-    turn = done // settings["filter_interval"] - 1 if settings["filter_one_layer"] else None
-    found = filter_pruning.reduce_network(run.model, settings["filter_threshold"], settings["filter_relative"],
-                                          settings["filter_columns"], turn, run.average, run.optimizer, run.masks)
-    changed = [f"{name} {before} -> {after}" + f" ({held} weak ones held by groups)" * bool(held)
-               for name, (before, after, held) in found.items() if after < before]
-    if changed:
-        run.forward = compiling.again(run.model, run.forward)
-        print("removed: " + ", ".join(changed), flush=True)
 
 
 def networks_of(run):

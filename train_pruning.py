@@ -11,8 +11,10 @@ from itertools import groupby
 import commandline
 import compiling
 import filter_pruning
+import morphnet
 import pruning
 from experiment import finish, resumable, start
+from set_pruning_train import hint_of
 from train import DEFAULTS, RECIPES, fit, recalibrate
 
 # ---- techniques: in each group one line is active; --mixing and the like override
@@ -46,6 +48,7 @@ PRUNING = "rounds"            # train, prune, train: between rounds
 # PRUNING = "constant"        # while training, all at once and again every so often
 # PRUNING = "filters"         # whole filters leave while training, Zhou et al. 2016
 # PRUNING = "l1_cycle"        # train, then remove filters of small L1 norm and fine-tune while the loss allows
+# PRUNING = "morphnet"        # rounds search for widths, the last trains them from scratch, arXiv:1711.06798
 SCORE = "l1"                  # weights ranked by magnitude
 # SCORE = "lamp"              # by magnitude relative to their layer, arXiv:2010.07611
 SCHEDULE = "one-cycle"        # in each round: up for a quarter, down to zero, arXiv:1708.07120
@@ -75,6 +78,14 @@ def add_flags(parser):
     parser.add_argument("--cycle", metavar="JSON", help="settings of the L1 cycle, see filter_pruning.SETTINGS")
     parser.add_argument("--stop-loss", type=float,
                         help="validation loss that ends the L1 cycle (a tenth above that before the first removal)")
+    parser.add_argument("--morph-cost", choices=morphnet.METRICS, help="what a channel pays for (macs)")
+    for name, what in (("strength", "of the penalty, which is about 2 at the start (0.1)"),
+                       ("threshold", "scale of batch norm below which a channel is dead (0.01)"),
+                       ("budget", "cost of the structure, as a share of the network it comes from (0.5)")):
+        parser.add_argument(f"--morph-{name}", type=float, help=what)
+    parser.add_argument("--morph-round-to", type=int, help="widths are multiples of it (1)")
+    parser.add_argument("--morph-device", type=float, nargs=2, metavar=("MACS", "BYTES"),
+                        help="a second, for --morph-cost latency")
     parser.add_argument("--filter-stop", type=float, help="share of the training after which filters stay (0.6)")
 
 
@@ -90,6 +101,25 @@ def prune(run):
     held = pruning.held_layers(run.masks, floor)
     print(f"pruned {100 * sparsity:.0f} % of the remaining weights: {100 * pruning.sparsity_of(run.model):.2f} % zeros"
           + (f"; held at the minimum density of {floor}: {', '.join(held)}" if held else ""), flush=True)
+
+
+def morph(run):
+    """MorphNet between two rounds: the structure that is alive, wider up to the budget, with fresh weights."""
+    settings, sizes = run.settings, run.search["sizes"]
+    limits = settings["morph_cost"], settings["morph_budget"] * run.search["whole"]
+    alive = morphnet.structure_of(run.model, settings["morph_threshold"], hint_of(settings))
+    wide, factor = morphnet.expand(run.model, alive, sizes, *limits, settings["morph_round_to"],
+                                   settings["morph_device"])
+    before = {space["name"]: len(run.model.get_submodule(space["makers"][0]).weight)
+              for space in morphnet.spaces_of(run.model)}
+    morphnet.write_structure(run.out / f"structure-{run.round + 1}.json", wide)
+    morphnet.draw_widths(run.out / f"widths-{run.round + 1}.png", before, wide)
+    morphnet.rebuild(run.model, wide)
+    run.round, run.epoch, run.optimizer, run.average = run.round + 1, 0, None, None
+    run.forward = compiling.again(run.model, run.forward)
+    print(f"alive: {sum(alive.values()):,} of {sum(before.values()):,} channels; all {factor:.3f} times as wide: "
+          f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.out}/structure-{run.round}.json",
+          flush=True)
 
 
 def l1_cycle(run):
@@ -130,7 +160,7 @@ def main(argv):
         if run.settings["pruning"] == "l1_cycle":
             return l1_cycle(run)
         while run.round + 1 < len(run.settings["epochs"]):
-            prune(run)
+            (morph if run.settings["pruning"] == "morphnet" else prune)(run)
             fit(run)
         finish(run)
 

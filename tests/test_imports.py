@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     {"train", "train_pruning", "test", "profil", "benchmark", "export", "report", "study"},
     {"experiment"},
-    {"set_cutmix_train", "set_mixup_train", "set_quantization_train", "set_distillation_train"},
+    {"set_cutmix_train", "set_mixup_train", "set_pruning_train", "set_quantization_train",
+     "set_distillation_train"},
     {"pruning", "filter_pruning", "morphnet", "binaryconnect", "quantization"},
     {"resnet_factorized", "models", "cifar10", "checkpoint", "commandline", "compiling", "draws",
      "shrinking"},
