@@ -8,7 +8,7 @@
 says which arguments a network has; another one is refused, not ignored.
 
 Every network has `channels()`: which layers make, normalise and read each set of
-channels that can be removed together. `space` describes one. Layers that were
+channels that can be removed together (`resnet_factorized.space`). Layers that were
 sliced run as they are, since widths are read from the layers.
 """
 import re
@@ -17,39 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from resnet_factorized import convolution, initialise, space
+
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU,
                "hardswish": nn.Hardswish, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 POOLINGS = {"max": nn.MaxPool2d, "average": nn.AvgPool2d}
-
-
-def convolution(inputs, outputs, kernel, stride=1, groups=1):
-    """A square convolution without bias that keeps the size at stride 1."""
-    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-
-
-def initialise(model):
-    """He et al. 2015 (arXiv:1502.01852), fan-out, for convolutions; torch's default elsewhere."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_out = module.out_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
-            with torch.no_grad():
-                module.weight.normal_(0.0, (2.0 / fan_out) ** 0.5)
-
-
-def space(name, makers, readers=(), norms=(), depthwise=(), unfold=1, branch=None):
-    """A set of channels that can be removed together, as a dictionary of layer names.
-
-    name: unique; the making layer's, or stream1, stream2, stream3 where several
-    layers make the channels of a residual stage. makers: layers whose outputs they
-    are. norms: batch norms over just them. depthwise: convolutions of one filter a
-    channel over them. readers: layers whose inputs they are. unfold: H * W where a
-    linear layer reads flattened images (channel k is columns k * unfold to
-    k * unfold + unfold - 1), else 1. shuffled: None, nothing here shuffles.
-    branch: the residual block that adds these channels to its shortcut, or None;
-    removing some of them takes its `positions`, and no reader changes.
-    """
-    return {"name": name, "makers": list(makers), "norms": list(norms), "depthwise": list(depthwise),
-            "readers": list(readers), "unfold": unfold, "shuffled": None, "branch": branch}
 
 
 # ---- convolutions and linear layers in a row
@@ -90,7 +62,7 @@ class Plain(nn.Module):
     def channels(self):
         """One `space` a layer, the classifier's excepted; the last convolution's is read flattened."""
         names = self.convolutions + self.linears
-        spaces = [space(maker, [maker], [reader]) for maker, reader in zip(names, names[1:], strict=False)]
+        spaces = [space(maker, [maker], readers=[reader]) for maker, reader in zip(names, names[1:], strict=False)]
         flattened = spaces[len(self.convolutions) - 1]
         flattened["unfold"] = self.linear1.in_features // getattr(self, flattened["name"]).out_channels
         return spaces
@@ -139,9 +111,9 @@ class MobileNet(nn.Module):
         """One `space` for the stem and for each pointwise convolution; the depthwise one that follows belongs to it."""
         maker, norm, spaces = "conv1", "bn1", []
         for name in (f"layers.{k}" for k in range(len(self.layers))):
-            spaces.append(space(maker, [maker], [f"{name}.pointwise"], [norm, f"{name}.bn1"], [f"{name}.depthwise"]))
+            spaces.append(space(maker, [maker], [norm, f"{name}.bn1"], [f"{name}.pointwise"], [f"{name}.depthwise"]))
             maker, norm = f"{name}.pointwise", f"{name}.bn2"
-        return spaces + [space(maker, [maker], ["linear"], [norm])]
+        return spaces + [space(maker, [maker], [norm], ["linear"])]
 
 
 # ---- residual networks
@@ -321,7 +293,7 @@ def residual_channels(model, stem_norms, head_norms, tied):
             streams[-1]["norms"] += own(module.branch_norms)
             if module.conv1 is not None:
                 first, second = own(["conv1", "conv2"])
-                spaces.append(space(first, [first], [second], own(module.inner_norms)))
+                spaces.append(space(first, [first], own(module.inner_norms), [second]))
                 spaces.append(space(second, [second], norms=own(module.branch_norms), branch=block))
     streams[-1]["readers"].append("linear")
     streams[-1]["norms"] += head_norms

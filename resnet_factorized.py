@@ -29,7 +29,7 @@ def shuffle_channels(images, groups):
     return images.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
-def convolution(inputs, outputs, kernel, stride, groups):
+def convolution(inputs, outputs, kernel, stride=1, groups=1):
     """A square convolution without bias that keeps the size at stride 1."""
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
 
@@ -150,13 +150,7 @@ class ResNet(nn.Module):
         return self.linear(hidden.mean((2, 3)))
 
     def channels(self):
-        """The channel spaces: sets of channels that layers make, normalise and read together.
-
-        A list of dictionaries of layer names: makers (their outputs), norms, readers
-        (their inputs); unfold is 1 here; shuffled names the block whose shuffle lies
-        between maker and reader; branch names the block whose branch ends here. A
-        "stream" is what a stage's sums tie together.
-        """
+        """The channel spaces, a list of `space`: within the branches, at their ends, and the residual streams."""
         stream, streams, spaces = space("stream0", ["conv1"], ["bn1"]), [], []
         for number, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
             for position, block in enumerate(stage):
@@ -177,16 +171,26 @@ class ResNet(nn.Module):
         return spaces + [*streams, stream]
 
 
-def space(name, makers, norms, readers=(), shuffled=None, branch=None):
-    """One channel space, see `ResNet.channels`."""
-    return {"name": name, "makers": list(makers), "norms": list(norms), "depthwise": [], "readers": list(readers),
-            "unfold": 1, "shuffled": shuffled, "branch": branch}
+def space(name, makers, norms=(), readers=(), depthwise=(), unfold=1, shuffled=None, branch=None):
+    """A channel space, channels that can be removed together, as a dictionary of layer names.
+
+    name: the making layer's, or stream0, stream1, ... where a stage's sums tie the
+    outputs of several layers together. makers: the layers whose outputs these are.
+    norms: batch norms over just them. readers: the layers whose inputs they are.
+    depthwise: convolutions of one filter a channel over them. unfold: H W where a
+    linear layer reads flattened images (channel k is its inputs k unfold to
+    k unfold + unfold - 1). shuffled: the block that rearranges them between maker
+    and reader. branch: the block whose branch ends in them and adds them to its
+    shortcut; removing some takes its `positions`, and no reader changes.
+    """
+    return {"name": name, "makers": list(makers), "norms": list(norms), "depthwise": list(depthwise),
+            "readers": list(readers), "unfold": unfold, "shuffled": shuffled, "branch": branch}
 
 
 def branch_spaces(name, block):
     """The spaces within a block: between its convolutions, and last the one that ends its branch."""
     layers = [(f"{name}.{convolution}", f"{name}.{norm}") for convolution, norm in block.branch]
-    inner = [space(maker, [maker], [norm], [reader], name if place == 0 and block.mixed_groups else None)
+    inner = [space(maker, [maker], [norm], [reader], shuffled=name if place == 0 and block.mixed_groups else None)
              for place, ((maker, norm), (reader, _)) in enumerate(zip(layers, layers[1:], strict=False))]
     maker, norm = layers[-1]
     return [*inner, space(maker, [maker], [norm], branch=name)]
