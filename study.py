@@ -6,7 +6,12 @@ own flags). Every arm is trained for every seed, exported as one compact file,
 and that file is tested. Stopped, it goes on where it was when it is called
 again. Writes results/<study>/ with runs.csv (one row a run), table.csv and
 table.md (mean and standard deviation over the seeds) and accuracy.png.
+
+`factors` instead of arms, with the `run` they belong to, makes an arm of every
+combination of their values; then influence.csv and influence.png say how much
+each factor, and each product of factors, moves the error and the reduction.
 """
+import itertools
 import json
 import shlex
 import subprocess
@@ -18,7 +23,7 @@ import cifar10
 import commandline
 
 HERE = Path(__file__).resolve().parent
-PARTS = {"flags": str, "seeds": list, "arms": list}
+PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
 
 
 def read_study(path):
@@ -27,6 +32,8 @@ def read_study(path):
         study = json.loads(Path(path).read_text())
     except ValueError as problem:
         raise ValueError(f"{path} is no JSON: {problem}") from None
+    if isinstance(study, dict) and "factors" in study:
+        study["arms"] = combine(path, study)
     for name, form in PARTS.items():
         if not isinstance(study.get(name), form) or not study[name] and form is list:
             raise ValueError(f"{path}: {name!r} must be a {form.__name__}" + (" that is not empty" * (form is list)))
@@ -40,6 +47,21 @@ def read_study(path):
     if twice:
         raise ValueError(f"{path}: two arms are called {twice[0]!r}")
     return study
+
+
+def combine(path, study):
+    """An arm for every combination of the factors' values; ValueError where a factor is of another form."""
+    factors, run = study["factors"], study.get("run")
+    for name, factor in factors.items():
+        if not isinstance(run, str) or not isinstance(factor.get("flag"), str) or len(factor.get("values", [])) < 2:
+            raise ValueError(f"{path}: factors need a run, and {name!r} a flag and two values or more")
+    arms = []
+    for values in itertools.product(*(factor["values"] for factor in factors.values())):
+        chosen = dict(zip(factors, values, strict=True))
+        flags = " ".join(f"{factors[name]['flag']} {value}" for name, value in chosen.items())
+        arms.append({"group": "factors", "name": ", ".join(f"{name} {value}" for name, value in chosen.items()),
+                     "run": f"{run} {flags}", "factors": chosen})
+    return arms
 
 
 def folder_of(study, arm, seed):
@@ -91,10 +113,12 @@ def row_of(arm, seed, folder, data):
     config, history = json.loads((folder / "config.json").read_text()), pd.read_csv(folder / "history.csv")
     settings, last = config["settings"], history.iloc[-1]
     return {"group": arm["group"], "arm": arm["name"], "seed": seed, "run": arm["run"],
+            **{f"factor_{name}": value for name, value in arm.get("factors", {}).items()},
             "epochs": "+".join(map(str, history.groupby("round").size())),
             "images_an_epoch": settings["limit"] or "all",
             "validation_accuracy": last["validation_accuracy"], "validation_loss": last["validation_loss"],
-            "train_accuracy": last["train_accuracy"], **measure_arm(folder, data),
+            "train_accuracy": last["train_accuracy"], "parameters_at_first": history["parameters"].iloc[0],
+            **measure_arm(folder, data),
             "minutes": round(history["seconds"].sum() / 60, 2),
             "images_per_second": history["images_per_second"].median(), "device": config["device"],
             "torch": config["versions"]["torch"], "started": config["started"]}
@@ -146,6 +170,42 @@ def draw_accuracy(path, table, title):
     plt.close(figure)
 
 
+def influence_of(runs, factors, target):
+    """{term: coefficient}: least squares of a column on all products of the factors, each coded from -1 to 1.
+
+    With three, f = a0 + a1 E + a2 P + a3 I + a4 E P + a5 E I + a6 P I + a7 E P I; a
+    coefficient is half of what f changes from a factor's smallest value to its largest.
+    """
+    import numpy as np
+    given = {name: runs[f"factor_{name}"] for name in factors}
+    coded = {name: (2 * values - values.max() - values.min()) / (values.max() - values.min())
+             for name, values in given.items()}
+    terms = [term for size in range(len(factors) + 1) for term in itertools.combinations(factors, size)]
+    columns = [np.prod([coded[name] for name in term], axis=0) * np.ones(len(runs)) for term in terms]
+    found = np.linalg.lstsq(np.stack(columns, 1), runs[target].to_numpy(float), rcond=None)[0]
+    return {" x ".join(term) or "mean": float(value) for term, value in zip(terms, found, strict=True)}
+
+
+def write_influence(out, runs, factors):
+    """influence.csv and influence.png: what moves the validation error and the parameters removed, both in %."""
+    import pandas as pd
+    from matplotlib.figure import Figure
+    runs = runs.assign(error=100 - runs["validation_accuracy"],
+                       removed=100 * (1 - runs["nonzero"] / runs["parameters_at_first"]))
+    table = pd.DataFrame({target: influence_of(runs, factors, target) for target in ("error", "removed")})
+    checkpoint.write(out / "influence.csv", table.to_csv(index_label="term", float_format="%.5g").encode())
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    for axes, (target, values) in zip(figure.subplots(1, 2, sharey=True), table.iloc[1:].items(), strict=True):
+        bars = axes.barh(list(values.index), values, color=["tab:blue" if v > 0 else "tab:orange" for v in values])
+        axes.bar_label(bars, fmt="%.2g", padding=2, fontsize=8)
+        axes.axvline(0, color="gray", linewidth=0.8)
+        axes.margins(x=0.2)
+        axes.set_title(f"{target}: mean {table[target].iloc[0]:.3g} %", fontsize=10)
+        axes.set_xlabel("% from the middle of a factor to its end")
+    figure.axes[0].invert_yaxis()
+    figure.savefig(out / "influence.png", dpi=120)
+
+
 def write_results(out, study, rows):
     """runs.csv, table.csv, table.md and accuracy.png of the rows that there are."""
     import pandas as pd
@@ -156,6 +216,8 @@ def write_results(out, study, rows):
     checkpoint.write(out / "table.csv", table.to_csv(index=False, float_format="%.6g").encode())
     checkpoint.write(out / "table.md", markdown_of(table).encode())
     draw_accuracy(out / "accuracy.png", table, study.get("title", out.name))
+    if "factors" in study and len(runs) >= len(study["arms"]):
+        write_influence(out, runs, list(study["factors"]))
     return table
 
 

@@ -1,11 +1,20 @@
 """A study: its file is checked, its runs are made once, and its table is what the runs hold."""
+import contextlib
+import io
 import json
+import shlex
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+import experiment
+import export
+import profil
 import study
+import test as half_test
+import train
+import train_pruning
 
 SHORT = "--dataset digits --limit 32 --batch-size 16 --device cpu --compile off --epochs 1"
 
@@ -19,15 +28,37 @@ def study_file(folder, **changes):
     return path
 
 
+MAINS = {"train.py": train.main, "train_pruning.py": train_pruning.main, "export.py": export.main,
+         "test.py": half_test.main, "profil.py": profil.main}
+
+
+def call_here(command, **options):
+    """`study.call` without a process of its own: imports cost more than these runs."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        MAINS[command[0]](command[1:])
+    return printed.getvalue()
+
+
+def test_a_run_is_trained_exported_and_tested_in_processes_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = study_file(tmp_path, seeds=[3], arms=[{"group": "g", "name": "a", "run": "train.py --mixing none"}])
+    study.main([str(path)])
+    (row,) = pd.read_csv("results/small/runs.csv").to_dict("records")
+    assert row["seed"] == 3 and row["test_images"] == 360
+    with pytest.raises(RuntimeError, match="python train.py --groups 3 failed with exit code 2"):
+        study.call(["train.py", "--groups", "3"])
+
+
 def test_a_stopped_study_goes_on_and_its_table_holds_the_means(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    path, real, calls = study_file(tmp_path), study.call, []
+    path, calls = study_file(tmp_path), []
 
     def call(command, **options):
         calls.append(command[0])
         if calls.count("train.py") == 2 and command[0] == "train.py":
             raise RuntimeError("killed")
-        return real(command, **options)
+        return call_here(command, **options)
     monkeypatch.setattr(study, "call", call)
     with pytest.raises(RuntimeError, match="killed"):
         study.main([str(path)])
@@ -54,6 +85,7 @@ def test_a_stopped_study_goes_on_and_its_table_holds_the_means(tmp_path, monkeyp
 
 def test_finished_makes_a_table_of_what_is_there_and_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "call", call_here)
     path = study_file(tmp_path, seeds=[0])
     with pytest.raises(FileNotFoundError, match="no run of small is finished"):
         study.main([str(path), "--finished"])
@@ -64,7 +96,38 @@ def test_finished_makes_a_table_of_what_is_there_and_trains_nothing(tmp_path, mo
     assert table["arm"].tolist() == ["none (all)"] and table["validation_accuracy_sd"].isna().all()
 
 
+def factor_study(folder):
+    path = folder / "factors.json"
+    path.write_text(json.dumps({"flags": SHORT, "seeds": [0], "run": "train.py --mixing none --model lenet5",
+                                "factors": {"epochs": {"flag": "--epochs", "values": [1, 2]},
+                                            "rate": {"flag": "--lr", "values": [0.01, 0.03]}}}))
+    return path
+
+
+def test_factors_make_an_arm_of_every_combination_and_their_influence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "call", call_here)
+    study.main([str(factor_study(tmp_path))])
+    runs = pd.read_csv("results/factors/runs.csv")
+    assert runs[["factor_epochs", "factor_rate"]].to_numpy().tolist() == [[1, 0.01], [1, 0.03], [2, 0.01], [2, 0.03]]
+    assert pd.read_csv("results/factors/influence.csv")["term"].tolist() == ["mean", "epochs", "rate", "epochs x rate"]
+    assert Path("results/factors/influence.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_influence_is_what_made_the_numbers():
+    import itertools
+    values = list(itertools.product([2, 4, 10], [0.1, 0.5], [1, 3]))
+    runs = pd.DataFrame(values, columns=["factor_E", "factor_P", "factor_I"])
+    e, p, i = ((runs[name] - (runs[name].max() + runs[name].min()) / 2) / ((runs[name].max() - runs[name].min()) / 2)
+               for name in runs)
+    runs["f"] = 7 + 2 * e - 3 * p + 0.5 * i + 4 * e * p - 1.5 * e * p * i
+    found = study.influence_of(runs, ["E", "P", "I"], "f")
+    assert found == pytest.approx({"mean": 7, "E": 2, "P": -3, "I": 0.5, "E x P": 4, "E x I": 0, "P x I": 0,
+                                   "E x P x I": -1.5}, abs=1e-9)
+
+
 @pytest.mark.parametrize("changes, message", [
+    ({"factors": {"a": {"flag": "--lr", "values": [1]}}, "run": "train.py"}, "'a' a flag and two values"),
     ({"flags": 3}, "'flags' must be a str"), ({"arms": []}, "'arms' must be a list that is not empty"),
     ({"arms": [{"name": "a", "run": "train.py"}]}, "arm 0 must have a group"),
     ({"arms": [{"group": "g", "name": "a", "run": "rm -rf x"}]}, "arm 'a' must run train.py or train_pruning.py"),
@@ -78,16 +141,16 @@ def test_a_study_of_another_form_is_refused(changes, message, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((study.HERE / "studies").glob("*.json")), ids=lambda path: path.stem)
-def test_shipped_studies_parse_to_the_end(path, tmp_path, monkeypatch):
-    """Each run of each study is one that its script accepts."""
-    import shlex
+def test_runs_of_shipped_studies_are_accepted_by_their_scripts(path, tmp_path, monkeypatch):
+    class Accepted(Exception):
+        pass
 
-    import train
-    import train_pruning
+    def prepare(settings, state):
+        raise Accepted
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "prepare", prepare)
     found = study.read_study(path)
     for arm in found["arms"]:
         script, *own = shlex.split(arm["run"])
-        main = {"train.py": train.main, "train_pruning.py": train_pruning.main}[script]
-        main([*shlex.split(found["flags"]), *own, "--dataset", "digits", "--compile", "off", "--batch-size", "2",
-              "--limit", "4", "--dry-run"])
+        with pytest.raises(Accepted):
+            MAINS[script]([*shlex.split(found["flags"]), *own])
