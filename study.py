@@ -72,13 +72,14 @@ def folder_of(study, arm, seed):
 
 def train_arm(arm, flags, seed, folder):
     """Train one run to its end in a process of its own, from where it stands. RuntimeError where that fails."""
-    if (folder / "model.pt").exists():
+    if (folder / "finished").exists():
         return
     script, *own = shlex.split(arm["run"])
     command = [script, "--resume"] if (folder / "last.pt").exists() else [script, *shlex.split(flags), *own,
                                                                          "--seed", str(seed)]
     print(f"\n{arm['name']}, seed {seed}: python {shlex.join(command)} --out {folder}", flush=True)
     call([*command, "--out", str(folder)])
+    (folder / "finished").touch()         # model.pt alone may be that of a cycle which goes on
 
 
 def call(command, **options):
@@ -237,7 +238,7 @@ def main(argv):
     for seed in arguments.seeds or study["seeds"]:
         for arm in study["arms"]:
             folder = folder_of(name, arm, seed)
-            if arguments.finished and not (folder / "model.pt").exists():
+            if arguments.finished and not (folder / "finished").exists():
                 continue
             train_arm(arm, flags, seed, folder)
             rows.append(row_of(arm, seed, folder, arguments.data))

@@ -41,6 +41,36 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+class Stop(Exception):
+    """Raised by a test in the middle of a run."""
+
+
+def stop_after_a_save(patch):
+    """Make the next epoch of any run end in `Stop` once it is saved."""
+    import train
+    real = train.save
+
+    def save(run):
+        real(run)
+        raise Stop
+    patch.setattr(train, "save", save)
+
+
+def run_in_parts(begin, out, epochs):
+    """Stop a run of train_pruning.py in `out` after each of its epochs, and resume it until it is finished.
+
+    begin: starts it; each part finds torch's global generator in another state.
+    """
+    import train_pruning
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after_a_save(patch)
+        for epoch in range(epochs):
+            torch.manual_seed(1000 + epoch)
+            with pytest.raises(Stop):
+                train_pruning.main(["--resume", "--out", str(out)]) if epoch else begin()
+    train_pruning.main(["--resume", "--out", str(out)])
+
+
 def same(one, other):
     """Equal in types, keys, dtypes, shapes and every bit of every tensor."""
     if type(one) is not type(other):

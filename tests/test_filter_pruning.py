@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import same
+from conftest import run_in_parts, same
 from torch import nn
 
 import checkpoint
@@ -177,20 +177,9 @@ def test_a_shrunk_network_is_tested_and_profiled_physically(shrunk_run, capsys):
     assert found["parameters"] == state["history"][-1]["parameters"] and found["macs"] < 651_000
 
 
-def test_stopped_after_every_epoch_is_the_run_that_was_not(shrunk_run, tmp_path, monkeypatch):
-    class Stop(Exception):
-        pass
-
-    def save(run, real=train.save):
-        real(run)
-        raise Stop
+def test_stopped_after_every_epoch_is_the_run_that_was_not(shrunk_run, tmp_path):
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save", save)
-        for epoch in range(12):
-            with pytest.raises(Stop):
-                train_pruning.main(["--resume", "--out", str(out)]) if epoch else filters_run(out)
-    train_pruning.main(["--resume", "--out", str(out)])
+    run_in_parts(lambda: filters_run(out), out, 12)
     assert same(checkpoint.read(out / "model.pt"), checkpoint.read(shrunk_run[0] / "model.pt"))
 
 

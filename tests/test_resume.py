@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import same
+from conftest import Stop, run_in_parts, same, stop_after_a_save
 
 import checkpoint
 import commandline
@@ -26,10 +26,6 @@ EPOCHS = 5
 ROUNDS = shlex.split("--dataset digits --limit 96 --batch-size 32 --compile off --device cpu --seed 3 --epochs 2 1 2 "
                      "--sparsity 0.7 0.7")
 SHORT = shlex.split("--dataset digits --limit 32 --batch-size 32 --compile off --device cpu")
-
-
-class Stop(Exception):
-    """Raised by a test in the middle of a run."""
 
 
 def without_times(rows):
@@ -65,16 +61,6 @@ def start(*flags):
 def resume(out, *flags):
     """Go on with the run in `out`, to its end."""
     train_pruning.main(["--resume", "--out", str(out), *flags])
-
-
-def stop_after_a_save(patch):
-    """Make the next epoch of any run end in `Stop` once it is saved."""
-    real = train.save
-
-    def save(run):
-        real(run)
-        raise Stop
-    patch.setattr(train, "save", save)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -139,17 +125,9 @@ def interrupted(tmp_path_factory):
 
 # ---- bit for bit
 
-def test_stopped_after_every_epoch_is_the_run_that_was_not(finished, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after_a_save(patch)
-        for epoch in range(EPOCHS):
-            torch.manual_seed(1000 + epoch)
-            with pytest.raises(Stop):
-                train_pruning.main(["--resume", "--out", str(out)] if epoch else [*ROUNDS, "--out", str(out)])
-            assert len(history_of(out)) == epoch + 1
-    resume(out)
-    assert_same_run(out, finished.out)
+def test_stopped_after_every_epoch_is_the_run_that_was_not(finished, tmp_path):
+    run_in_parts(lambda: train_pruning.main([*ROUNDS, "--out", str(tmp_path / "run")]), tmp_path / "run", EPOCHS)
+    assert_same_run(tmp_path / "run", finished.out)
 
 
 def test_interrupted_then_killed_is_the_run_that_was_not(finished, interrupted, tmp_path):
@@ -208,19 +186,10 @@ def test_published_recipe_goes_on_bit_for_bit(tmp_path, monkeypatch):
     "--weights binary --mixing mixup --recalibrate --sparsity 0.5",
     "--weights binary-stochastic --binary-scale glorot --mix-per-sample --score lamp --exclude conv1 --sparsity 0.5",
     "--weights binary --averaging none --pruning polynomial --prune-frequency 1 --sparsity 0.8"])
-def test_techniques_together_go_on_bit_for_bit(flags, tmp_path, monkeypatch):
+def test_techniques_together_go_on_bit_for_bit(flags, tmp_path):
     flags = [*SHORT, "--batch-size", "16", "--epochs", "2", "1", *shlex.split(flags)]
     train_pruning.main([*flags, "--out", str(tmp_path / "whole")])
-    stops = 0
-    with monkeypatch.context() as patch:
-        stop_after_a_save(patch)
-        while stops < 3:
-            with pytest.raises(Stop):
-                train_pruning.main(["--resume", "--out", str(tmp_path / "parts")] if stops
-                                   else [*flags, "--out", str(tmp_path / "parts")])
-            stops += 1
-            torch.manual_seed(1000)
-    resume(tmp_path / "parts")
+    run_in_parts(lambda: train_pruning.main([*flags, "--out", str(tmp_path / "parts")]), tmp_path / "parts", 3)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 

@@ -147,7 +147,7 @@ def test_runs_of_shipped_studies_are_accepted_by_their_scripts(path, tmp_path, m
 
     def prepare(settings, state):
         raise Accepted
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(study.HERE)         # settings are named from there
     monkeypatch.setattr(experiment, "prepare", prepare)
     found = study.read_study(path)
     for arm in found["arms"]:
