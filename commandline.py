@@ -20,7 +20,7 @@ GRADUAL = ("polynomial", "constant")      # weights pruned while training, by a 
 SHRINKING = ("filters", "l1_cycle", "morphnet")       # whole channels leave the network
 BOUNDS = {"pad": (0, 16), "batch_size": (1, math.inf), "limit": (2, math.inf), "lr": (1e-12, math.inf),
           "momentum": (0, 1), "weight_decay": (0, math.inf), "label_smoothing": (0, 1), "mix_probability": (0, 1),
-          "mix_alpha": (0, math.inf),
+          "mix_alpha": (0, math.inf), "temperature": (1e-3, 1e3), "distillation_weight": (0, 1),
           "ema_decay": (0, 1), "minimum_density": (0, 1), "prune_begin": (0, 1), "prune_end": (0, 1),
           "prune_frequency": (1, math.inf), "filter_threshold": (0, math.inf), "filter_interval": (1, math.inf),
           "morph_strength": (0, math.inf), "morph_threshold": (0, math.inf), "morph_budget": (1e-6, math.inf),
@@ -80,6 +80,9 @@ def training_parser(description, choices, datasets):
     parser.add_argument("--binary-scale", choices=["one", "glorot"], help="H of binary weights")
     parser.add_argument("--compile", choices=["auto", "on", "off"], help="auto: where it pays and a compiler is there")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--teacher", metavar="CHECKPOINT", help="learn from this network too (distillation)")
+    parser.add_argument("--temperature", type=float, help="of the distillation (4)")
+    parser.add_argument("--distillation-weight", type=float, help="of the teacher's part in the loss (0.9)")
     parser.add_argument("--start", metavar="CHECKPOINT", help="begin with the weights of this checkpoint")
     parser.add_argument("--out", help="folder of the run (runs/<data set>-<model>-<time>)")
     for name, what in (("resume", "continue the run in --out, or the newest one"),

@@ -54,6 +54,7 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     schedule: object = None
     forward: object = None        # the model, or the model compiled
+    teacher: torch.nn.Module = None
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
 
 
@@ -135,6 +136,8 @@ def prepare(settings, state):
         model = model.to(memory_format=torch.channels_last)
     run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, forward=model)
     start_from = settings["start"] or settings["cycle_settings"].get("input_model_path")
+    if settings["teacher"]:
+        run.teacher = load_teacher(settings["teacher"], architecture["num_classes"], device)
     if state is not None:
         restore(run, state)
     elif start_from:
@@ -159,6 +162,32 @@ def architecture_of(settings):
 def build(name, **arguments):
     """The network called `name` of resnet_factorized.py or models.py, freshly initialised."""
     return (resnet_factorized if name in resnet_factorized.NETWORKS else models).build(name, **arguments)
+
+
+def load_network(path, device="cpu"):
+    """(model in evaluation mode, the checkpoint's dictionary); the structure is read from the file.
+
+    Of an unfinished run's last.pt it is the averaged network, where there is one:
+    that is what the validation accuracy was measured on. Its `dataset` is filled in.
+    """
+    state = checkpoint.read(path)
+    if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("weights"), dict):
+        raise ValueError(f"{path} holds no network: architecture or weights are missing")
+    state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
+    if state.get("average"):
+        state["weights"] = state["average"]
+    model = build(**state["architecture"])
+    checkpoint.load_weights(model, state["architecture"], state)
+    return model.eval().to(device), state
+
+
+def load_teacher(path, classes, device):
+    """The network that teaches, on the device, without gradients; ValueError where it tells other classes apart."""
+    teacher, state = load_network(path, device)
+    theirs = state["architecture"]["num_classes"]
+    if theirs != classes:
+        raise ValueError(f"the teacher in {path} tells {theirs} classes apart, the student {classes}")
+    return teacher.requires_grad_(False)
 
 
 def make_batches(data, kind, settings, device, generator):

@@ -7,6 +7,7 @@ and that file is tested. Stopped, it goes on where it was when it is called
 again. Writes results/<study>/ with runs.csv (one row a run), table.csv and
 table.md (mean and standard deviation over the seeds) and accuracy.png.
 
+`{seed}` in a run stands for its seed, so that an arm can name another one's files.
 `factors` instead of arms, with the `run` they belong to, makes an arm of every
 combination of their values; then influence.csv and influence.png say how much
 each factor, and each product of factors, moves the error and the reduction.
@@ -74,7 +75,7 @@ def train_arm(arm, flags, seed, folder):
     """Train one run to its end in a process of its own, from where it stands. RuntimeError where that fails."""
     if (folder / "finished").exists():
         return
-    script, *own = shlex.split(arm["run"])
+    script, *own = shlex.split(arm["run"].replace("{seed}", str(seed)))
     command = [script, "--resume"] if (folder / "last.pt").exists() else [script, *shlex.split(flags), *own,
                                                                          "--seed", str(seed)]
     print(f"\n{arm['name']}, seed {seed}: python {shlex.join(command)} --out {folder}", flush=True)
@@ -101,6 +102,7 @@ def measure_arm(folder, data):
         profile = json.loads(call(["profil.py", "--checkpoint", str(exported), "--json"],
                                   stdout=subprocess.PIPE, text=True))
         kept = {"test_accuracy": test["accuracy"], "test_images": test["images"], "precision": test["precision"],
+                "test_seconds": test["seconds"],
                 "bytes": exported.stat().st_size} | {name: profile[name] for name in
                                                      ("parameters", "nonzero", "sparsity", "macs", "binary_weights",
                                                       "score_course")}
@@ -129,7 +131,7 @@ def table_of(runs):
     """One row an arm: n, mean and standard deviation over its seeds. runs: a DataFrame of `row_of` rows."""
     by_arm = runs.groupby(["group", "arm"], sort=False)
     numbers = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes",
-               "score_course", "minutes", "images_per_second"]
+               "score_course", "minutes", "images_per_second", "test_seconds"]
     table = by_arm[numbers].mean()
     table.insert(0, "n", by_arm.size())
     for name in ("validation_accuracy", "test_accuracy"):

@@ -16,8 +16,9 @@ import checkpoint
 import commandline
 import compiling
 import pruning
-from experiment import autocast, begin_round, build, finish, newest, resumable, save, start
+from experiment import autocast, begin_round, finish, load_network, newest, resumable, save, start  # noqa: F401
 from set_cutmix_train import cutmix
+from set_distillation_train import distilled, teach
 from set_mixup_train import mixup
 from set_pruning_train import prune_on_schedule, reduce_filters, search_penalty
 from set_quantization_train import after_step, evaluation_weights, step_weights
@@ -61,7 +62,7 @@ DEFAULTS = {
     "filter_threshold": 0.1, "filter_relative": True, "filter_columns": False, "filter_one_layer": False,
     "filter_interval": 2, "filter_stop": 0.6, "cycle": None, "cycle_settings": {}, "stop_loss": None, "start": None,
     "morph_cost": "macs", "morph_strength": 0.1, "morph_threshold": 0.01, "morph_budget": 0.5, "morph_round_to": 1,
-    "morph_device": None,
+    "morph_device": None, "teacher": None, "temperature": 4.0, "distillation_weight": 0.9,
     "batch_size": 64, "lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
     "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "mix_per_sample": False,
     "ema_decay": 0.998, "pad": 4, "binary_scale": "one", "activation": "relu", "pooling": "max", "shortcut": "B",
@@ -172,6 +173,9 @@ def train_step(run, images, labels, step):
         with autocast(run.device):
             logits = run.forward(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["label_smoothing"])
+        if run.teacher is not None:
+            loss = distilled(loss, logits.float(), teach(run.teacher, images), settings["temperature"],
+                             settings["distillation_weight"])
         if run.search is not None:
             loss = loss + search_penalty(settings, run.model, run.search)
         loss.backward()
@@ -271,23 +275,6 @@ def predict(model, batches, device, mixed=True):
 
 
 # ---- for the scripts that read a trained network
-
-def load_network(path, device="cpu"):
-    """(model in evaluation mode, the checkpoint's dictionary); the structure is read from the file.
-
-    Of an unfinished run's last.pt it is the averaged network, where there is one:
-    that is what the validation accuracy was measured on. Its `dataset` is filled in.
-    """
-    state = checkpoint.read(path)
-    if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("weights"), dict):
-        raise ValueError(f"{path} holds no network: architecture or weights are missing")
-    state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
-    if state.get("average"):
-        state["weights"] = state["average"]
-    model = build(**state["architecture"])
-    checkpoint.load_weights(model, state["architecture"], state)
-    return model.eval().to(device), state
-
 
 def find_checkpoint(given=None):
     """The checkpoint to read: the one given, else the newest run's model.pt, else the model that ships."""
