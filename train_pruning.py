@@ -133,6 +133,7 @@ def l1_cycle(run):
     if run.settings["stop_loss"] is not None:
         settings["stop_loss"] = run.settings["stop_loss"]
     pruner = filter_pruning.Pruner(settings)
+    pruner.history = steps_of(run)[:-1]
 
     def finetune(model, epochs):
         run.settings["epochs"].append(epochs)
@@ -142,12 +143,16 @@ def l1_cycle(run):
     if run.round == 0 or run.history[-1]["validation_loss"] <= settings["stop_loss"]:
         pruner.prune(run.model, finetune, lambda model: run.history[-1]["validation_loss"], lambda model: finish(run),
                      run.out, masks=run.masks)
-    rounds = [list(rows) for _, rows in groupby(run.history, key=lambda row: row["round"])]
-    filter_pruning.draw_cycle(run.out / "cycle.png", [
-        {"step": step, "parameters": rows[-1]["parameters"], "loss": rows[-1]["validation_loss"],
-         "seconds": sum(row["seconds"] for row in rows)} for step, rows in enumerate(rounds)])
-    print(f"{len(rounds) - 1} steps, limit {settings['stop_loss']:.4f}: {run.out}/model.pt is the last within it, "
+    filter_pruning.draw_cycle(run.out / "cycle.png", steps_of(run))
+    print(f"{run.round} steps, limit {settings['stop_loss']:.4f}: {run.out}/model.pt is the last within it, "
           "cycle.png and norms-*.png show the way", flush=True)
+
+
+def steps_of(run):
+    """The history of an L1 cycle, a row a round, as `filter_pruning.Pruner` has it."""
+    rounds = [list(rows) for _, rows in groupby(run.history, key=lambda row: row["round"])]
+    return [{"step": step, "parameters": rows[-1]["parameters"], "loss": rows[-1]["validation_loss"],
+             "seconds": sum(row["seconds"] for row in rows)} for step, rows in enumerate(rounds)]
 
 
 def main(argv):
