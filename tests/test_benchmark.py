@@ -11,7 +11,7 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", "")                  # no compiler: the comparison itself is tested here, not its speed
         patch.delenv("CXX", raising=False)
-        benchmark.main(["--dataset", "digits", "--images", "32", "--repeats", "2", "--json", str(path)])
+        benchmark.main(["training", "--dataset", "digits", "--images", "32", "--repeats", "2", "--json", str(path)])
     return json.loads(path.read_text())
 
 
@@ -36,4 +36,29 @@ def test_spread_is_median_least_and_greatest():
 
 def test_nothing_to_measure_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
-        benchmark.main(["--repeats", "0"])
+        benchmark.main(["training", "--repeats", "0"])
+
+
+def test_inference_is_timed_compared_and_drawn(tmp_path, capsys):
+    path = tmp_path / "inference.json"
+    benchmark.main(["inference", "--networks", "LeNet-5", "ResNet-18 dense", "--ways", "eager", "onnx int8",
+                    "--batches", "1", "--seconds", "0.05", "--repeats", "3", "--device", "cpu", "--json", str(path)])
+    rows = {(row["network"], row["way"]): row for row in json.loads(path.read_text())["rows"]}
+    assert len(rows) == 4 and rows["ResNet-18 dense", "eager"]["times_faster"] == 1
+    assert rows["LeNet-5", "eager"]["times_faster"] > 5           # 1,000 times fewer operations
+    for row in rows.values():
+        speed = row["images_per_second"]
+        assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+        assert speed["median"] == pytest.approx(1000 / row["milliseconds"]["median"])
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert path.with_suffix(".md").read_text().count("\n") == 6
+    assert "ResNet-18 dense" in capsys.readouterr().out
+
+
+def test_what_cannot_run_says_why_and_is_not_compared(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    row = benchmark.time_inference("LeNet-5", "compiled", 1, "cpu", 1, 0.01)
+    assert row["not_run"] == "no C++ compiler found" and "milliseconds" not in row
+    table = benchmark.markdown_of([row])
+    assert "| LeNet-5 | compiled | not run |  |" in table

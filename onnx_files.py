@@ -1,0 +1,90 @@
+"""Networks as ONNX files: written, opened with ONNX Runtime, and quantized to 8 bits.
+
+    write_onnx(model, "model.onnx", (3, 32, 32))
+    forward = open_onnx("model.onnx")                  # images -> logits, both tensors
+    quantize_onnx("model.onnx", "model.int8.onnx", batches)
+"""
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+import checkpoint
+
+
+def write_onnx(model, path, shape):
+    """Write `model`, in evaluation mode and float32 on the CPU, for any number of images of `shape` (C, H, W).
+
+    Batch norm is folded into the convolutions before it. The file takes "images"
+    (N, C, H, W) and gives "logits" (N, K). Written whole or not at all.
+    """
+    was_training = model.training
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")      # of the exporter that needs no further package, but is not the newest
+        target = os.path.join(folder, "model.onnx")
+        axes = {"images": {0: "n"}, "logits": {0: "n"}}
+        try:
+            torch.onnx.export(model.eval(), (torch.zeros(1, *shape),), target, dynamo=False, input_names=["images"],
+                              output_names=["logits"], dynamic_axes=axes, opset_version=17)
+        finally:
+            model.train(was_training)
+        checkpoint.write(path, Path(target).read_bytes())
+
+
+def open_onnx(path, threads=None):
+    """A function from images (N, C, H, W), a float32 tensor, to logits (N, K), computed by ONNX Runtime on the CPU.
+
+    Raises FileNotFoundError where there is no file, ValueError where it is no ONNX network.
+    """
+    import onnxruntime
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file at {path}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as problem:             # its errors have no common type
+        raise ValueError(f"{path} is no ONNX network that can be read: {str(problem).splitlines()[0]}") from None
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def quantize_onnx(path, out, batches):
+    """Quantize the network in `path` to 8-bit integers and write it to `out`: static, weights per output channel.
+
+    batches: images as `open_onnx` takes them, of the training set; the ranges of the
+    activations are the smallest and largest values that they give.
+    """
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        """One batch after the other, as the calibrator asks for them."""
+
+        def __init__(self):
+            self.batches = iter(batches)
+
+        def get_next(self):
+            images = next(self.batches, None)
+            return None if images is None else {"images": images.numpy()}
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        prepared, target = os.path.join(folder, "prepared.onnx"), os.path.join(folder, "int8.onnx")
+        quantization.quant_pre_process(str(path), prepared)
+        quantization.quantize_static(prepared, target, Reader(), per_channel=True)
+        checkpoint.write(out, Path(target).read_bytes())
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the notes that the quantizer writes to the root logger."""
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger().setLevel(level)
