@@ -128,12 +128,7 @@ def read(path):
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     content = inflate(path, path.read_bytes())
-    check_archive(path, content)
-    refuse_code(path, content)
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as problem:
-        raise ValueError(f"{path} is damaged: {str(problem).splitlines()[0]}{offer(path)}") from None
+    state = read_safetensors(path, content) if content[8:10] == b'{"' else read_archive(path, content)
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise ValueError(f"{path} is not a checkpoint of this project: it names no format")
     if state["format"] > FORMAT:
@@ -142,6 +137,16 @@ def read(path):
         return expand(state)
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as problem:
         raise ValueError(f"{path} is damaged: its weights cannot be unpacked ({problem}){offer(path)}") from None
+
+
+def read_archive(path, content):
+    """What torch.load reads from an archive, once its members are checked and free of code."""
+    check_archive(path, content)
+    refuse_code(path, content)
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as problem:
+        raise ValueError(f"{path} is damaged: {str(problem).splitlines()[0]}{offer(path)}") from None
 
 
 def inflate(path, content):
@@ -297,6 +302,33 @@ def layer_like(layer, width, weight=None):
 def save_compact(path, network):
     """Write a network in half precision, zeros as one bit each, compressed; see `compact`."""
     write(path, compact_bytes(network))
+
+
+def save_safetensors(path, network):
+    """Write a network's weights as safetensors, the structure as JSON in its metadata."""
+    from safetensors.torch import save as to_bytes
+    structure = {name: network[name] for name in ("architecture", "widths", "dataset")}
+    weights = {name: tensor.contiguous() for name, tensor in network["weights"].items()}
+    write(path, to_bytes(weights, {"format": str(FORMAT), "network": json.dumps(structure)}))
+
+
+def read_safetensors(path, content):
+    """The dictionary in a safetensors file of `save_safetensors`; ValueError where it is damaged or another's."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+    try:
+        weights = from_bytes(content)
+        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, ValueError) as problem:
+        raise ValueError(f"{path} is damaged: {problem}") from None
+    if "network" not in header:
+        raise ValueError(f"{path} holds tensors alone; a network of this project has its structure in the metadata")
+    return {"format": int(header["format"]), **json.loads(header["network"]), "weights": weights}
+
+
+def dataset_of(state):
+    """The data set that a checkpoint's network was trained on."""
+    return state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
 
 
 def compact_bytes(network):

@@ -1,8 +1,12 @@
-"""Write a trained network as one compact file: `python export.py --checkpoint runs/a/model.pt --out a.pt.gz`.
+"""Write a trained network for use elsewhere: `python export.py --checkpoint runs/a/model.pt --out a.pt.gz`.
 
-Half precision, zeros as one bit each, compressed. The file is read back and
-compared with the network it was made from before the command reports success;
-test.py and profil.py read it like any checkpoint.
+The end of --out says what is written: .pt.gz, a compact file (half precision or
+one bit a weight, zeros one bit each, compressed), which test.py and profil.py
+read like any checkpoint; .safetensors, float32 with the structure in its metadata, which they read
+too; .onnx, float32; .int8.onnx, 8-bit integers, calibrated on training images.
+Channels that pruning has cut off are removed first, exactly. What was written is
+read back and compared with the network on the test images before the command
+reports success.
 """
 import os
 from pathlib import Path
@@ -10,37 +14,94 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import cifar10
 import commandline
+import onnx_files
+import shrinking
 from train import find_checkpoint, load_network
 
+FORMATS = (".pt.gz", ".safetensors", ".int8.onnx", ".onnx")
 
-def export(source, target):
-    """Write the network in `source` compactly to `target`, read it back and compare.
 
-    Returns (bytes before, bytes after). Raises ValueError where half precision
-    overflows, RuntimeError where what was read back is not the rounded network.
+def export(source, target, data=None):
+    """Write the network in `source` to `target` and read it back.
+
+    data: `cifar10.Data` of its data set, needed for .int8.onnx alone. Returns (bytes
+    before, bytes after, the network that was exported, a function from images to
+    logits that reads the file, channels removed). Raises ValueError for another
+    ending, or where half precision overflows; RuntimeError where a weight that was
+    read back is not what was written.
     """
-    _, state = load_network(source)
-    network = {name: state[name] for name in ("architecture", "widths", "weights", "dataset")}
-    checkpoint.save_compact(target, network)
+    ending = next((ending for ending in FORMATS if str(target).endswith(ending)), None)
+    if ending is None:
+        raise ValueError(f"{target}: it must end in one of {', '.join(FORMATS)}")
+    model, state = load_network(source)
+    removed = shrinking.remove_dead(model)
+    network = {**checkpoint.network_of(model, state["architecture"]), "dataset": state["dataset"]}
+    kind = cifar10.KINDS[state["dataset"]]
+    if ending.endswith("onnx"):
+        onnx_files.write_onnx(model, target, (kind.shape[-1], *kind.shape[:2]))
+        if ending == ".int8.onnx":
+            onnx_files.quantize_onnx(target, target, calibration(data, kind))
+        forward = onnx_files.open_onnx(target)
+    else:
+        save, expected = ((checkpoint.save_compact, checkpoint.to_half(network["weights"])) if ending == ".pt.gz"
+                          else (checkpoint.save_safetensors, network["weights"]))
+        save(target, network)
+        refuse_difference(target, expected)
+        forward, _ = load_network(target)
+    return os.path.getsize(source), os.path.getsize(target), model, forward, removed
+
+
+def refuse_difference(target, expected):
+    """RuntimeError that names the first tensor in the file which is not as expected, to the bit."""
     written = checkpoint.read(target)["weights"]
-    for name, tensor in checkpoint.to_half(state["weights"]).items():
+    for name, tensor in expected.items():
         if not torch.equal(written[name], tensor):
             raise RuntimeError(f"{target} does not hold {name} as it was written")
-    return os.path.getsize(source), os.path.getsize(target)
+
+
+def calibration(data, kind, images=512):
+    """Batches of training images, as they are, to find the ranges of activations with."""
+    chosen = cifar10.split(data, limit=images)[0]
+    return (batch for batch, _ in cifar10.Batches(data.x_train, data.y_train, 128, kind, chosen=chosen))
+
+
+@torch.no_grad()
+def compare(model, forward, batches):
+    """(largest difference of a logit, predictions that changed, images) of two functions over batches of images."""
+    largest, changed, count = 0.0, 0, 0
+    for images, _ in batches:
+        ours, theirs = model(images), forward(images)
+        largest = max(largest, (ours - theirs).abs().max().item())
+        changed += int((ours.argmax(1) != theirs.argmax(1)).sum())
+        count += len(images)
+    return largest, changed, count
 
 
 def main(argv):
-    """Export one checkpoint."""
+    """Export one checkpoint and compare."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="a run's model.pt or last.pt (the newest run's)")
-    parser.add_argument("--out", required=True, help="the file to write, by custom .pt.gz")
+    parser.add_argument("--out", required=True, help=f"the file to write; it ends in {', '.join(FORMATS)}")
+    parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
+    parser.add_argument("--limit", type=int, help="compare on so many test images (all)")
+    parser.add_argument("--no-compare", action="store_true", help="without test images, so without their data set")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     source, target = find_checkpoint(arguments.checkpoint), Path(arguments.out)
+    dataset = checkpoint.dataset_of(checkpoint.read(source))
+    needed = not arguments.no_compare or str(target).endswith(".int8.onnx")
+    data = cifar10.load(dataset, arguments.data) if needed else None
     target.parent.mkdir(parents=True, exist_ok=True)
-    before, after = export(source, target)
-    print(f"{source}: {before:,} bytes -> {target}: {after:,} bytes, {before / after:.1f} times smaller")
+    before, after, model, forward, removed = export(source, target, data)
+    print(f"{source}: {before:,} bytes -> {target}: {after:,} bytes, {before / after:.1f} times smaller"
+          + (f"; {removed:,} dead channels removed" if removed else ""))
+    if not arguments.no_compare:
+        batches = cifar10.Batches(data.x_test[:arguments.limit], data.y_test[:arguments.limit], 250,
+                                  cifar10.KINDS[dataset])
+        largest, changed, count = compare(model, forward, batches)
+        print(f"largest difference of a logit {largest:.3g}, {changed:,} of {count:,} predictions changed")
 
 
 if __name__ == "__main__":

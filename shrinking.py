@@ -222,3 +222,53 @@ def balanced(weak, scores, rows, columns, round_to=1):
     stays = torch.ones(len(weak), dtype=torch.bool)
     stays[[channel for gone in removals for channel in gone]] = False
     return stays.nonzero().flatten()
+
+
+# ---- channels that pruning has cut off
+
+def remove_dead(model):
+    """Remove every channel that changes no output, physically; returns how many there were.
+
+    Such is a channel that no weight reads, or one whose filter is zero and whose
+    norm and activation then give zero. Where groups share channels, as many leave as
+    leave each group the same number. `model` is in evaluation mode.
+    """
+    removed, before = 0, None
+    while removed != before:              # what left may have been the last to read another
+        before = removed
+        for space in model.channels():
+            if space["name"].startswith("stream") or space["branch"]:
+                continue
+            weak = dead(model, space)
+            keep = balanced(weak, torch.zeros(len(weak)), *partitions(model, space))
+            if len(keep) < len(weak):
+                removed += len(weak) - len(keep)
+                remove(model, space, keep)
+    return removed
+
+
+@torch.no_grad()
+def dead(model, space):
+    """Which channels of a space within a branch or a row of layers change no output, (C,) bool."""
+    maker = model.get_submodule(space["makers"][0])
+    unread = torch.ones(len(maker.weight), dtype=torch.bool, device=maker.weight.device)
+    for name in space["readers"]:
+        layer = model.get_submodule(name)
+        unread &= torch.cat([part.view(len(part), -1, space["unfold"], *part.shape[2:]).transpose(0, 1).flatten(1).abs()
+                             .sum(1) for part in layer.weight.chunk(getattr(layer, "groups", 1))]) == 0
+    if space["shuffled"]:
+        places = order_of(model.get_submodule(space["shuffled"]), len(maker.weight)).to(unread.device)
+        unread = torch.empty_like(unread).index_put_((places,), unread)
+    silent = maker.weight.flatten(1).abs().sum(1) == 0
+    level = maker.bias if maker.bias is not None else torch.zeros(len(maker.weight), device=unread.device)
+    if len(space["norms"]) == 1:
+        norm = model.get_submodule(space["norms"][0])
+        level = (level - norm.running_mean) * norm.weight / (norm.running_var + norm.eps).sqrt() + norm.bias
+    simple = len(space["norms"]) < 2 and not space["depthwise"] and all_relu(model)
+    return (unread | (silent & (level <= 0) if simple else unread)).cpu()
+
+
+def all_relu(model):
+    """Whether a negative number is zero behind every activation of a network."""
+    others = (nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Sigmoid)
+    return not any(isinstance(module, others) for module in model.modules())

@@ -96,7 +96,8 @@ def measure_arm(folder, data):
     """Export a run's network, test the exported file, and keep what came out beside it. Returns a dictionary."""
     exported, measured = folder / "exported.pt.gz", folder / "exported.json"
     if not measured.exists():
-        call(["export.py", "--checkpoint", str(folder / "model.pt"), "--out", str(exported)], capture_output=True)
+        call(["export.py", "--checkpoint", str(folder / "model.pt"), "--out", str(exported), "--no-compare"],
+             capture_output=True)
         test = json.loads(call(["test.py", "--checkpoint", str(exported), "--data", data, "--json"],
                                stdout=subprocess.PIPE, text=True))
         profile = json.loads(call(["profil.py", "--checkpoint", str(exported), "--json"],

@@ -1,14 +1,22 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file as safetensors_file
+from safetensors.torch import save_file
 
 import checkpoint
+import experiment
 import export
+import test as half_test
 from train import load_network
 
 
 def test_the_compact_file_holds_the_rounded_network(trained, tmp_path, capsys):
     target = tmp_path / "folder" / "small.pt.gz"
     export.main(["--checkpoint", str(trained / "model.pt"), "--out", str(target)])
+    printed = capsys.readouterr().out
+    assert "times smaller" in printed and "predictions changed" in printed and "of 360" in printed
     whole, _ = load_network(trained / "model.pt")
     small, state = load_network(target)
     assert state["dataset"] == "digits"
@@ -21,7 +29,7 @@ def test_the_compact_file_holds_the_rounded_network(trained, tmp_path, capsys):
 
 
 def test_last_pt_exports_as_well(trained, tmp_path):
-    before, after = export.export(trained / "last.pt", tmp_path / "last.pt.gz")
+    before, after, *_ = export.export(trained / "last.pt", tmp_path / "last.pt.gz")
     assert after < before
     assert checkpoint.read(tmp_path / "last.pt.gz")["dataset"] == "digits"
 
@@ -33,3 +41,56 @@ def test_overflow_is_refused_and_nothing_is_saved(trained, tmp_path):
     with pytest.raises(ValueError, match=r"linear.weight \(largest 1e\+06\)"):
         export.export(tmp_path / "large.pt", tmp_path / "large.pt.gz")
     assert not (tmp_path / "large.pt.gz").exists()
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".safetensors"])
+def test_float32_formats_give_the_same_logits(ending, trained, tmp_path, capsys):
+    target = tmp_path / f"model{ending}"
+    export.main(["--checkpoint", str(trained / "model.pt"), "--out", str(target)])
+    printed = capsys.readouterr().out
+    assert " 0 of 360 predictions changed" in printed
+    assert float(printed.split("largest difference of a logit ")[1].split(",")[0]) < 1e-3
+    assert target.stat().st_size > 4 * 1_411_146
+
+
+def test_int8_is_calibrated_on_training_images_and_compared(trained, tmp_path, capsys):
+    target = tmp_path / "model.int8.onnx"
+    export.main(["--checkpoint", str(trained / "model.pt"), "--out", str(target), "--limit", "50"])
+    assert "of 50 predictions changed" in capsys.readouterr().out
+    assert target.stat().st_size < 2 * 1_411_146
+
+
+def test_safetensors_carry_the_structure_and_are_read_like_a_checkpoint(trained, tmp_path, capsys):
+    target = tmp_path / "model.safetensors"
+    export.export(trained / "model.pt", target)
+    model, state = load_network(target)
+    theirs = safetensors_file(target)
+    assert state["dataset"] == "digits" and state["architecture"]["name"] == "resnet18"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(theirs[name], tensor), name
+    half_test.main(["--checkpoint", str(target), "--json"])
+    assert json.loads(capsys.readouterr().out)["images"] == 360
+    content = target.read_bytes()
+    target.write_bytes(content[:len(content) // 2])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        load_network(target)
+    save_file({"a": torch.zeros(2)}, target)
+    with pytest.raises(ValueError, match="holds tensors alone"):
+        load_network(target)
+
+
+def test_dead_channels_are_not_exported(tmp_path):
+    architecture = {"name": "lenet5", "num_classes": 10, "in_channels": 3, "size": 32, "activation": "relu",
+                    "pooling": "max"}
+    model = experiment.build(**architecture)
+    with torch.no_grad():
+        model.linear2.weight[:, 20:] = 0
+    checkpoint.save(tmp_path / "model.pt", {**checkpoint.network_of(model, architecture), "dataset": "digits"})
+    *_, forward, removed = export.export(tmp_path / "model.pt", tmp_path / "small.pt.gz")
+    assert removed == 100 and forward.linear1.out_features == 20
+
+
+def test_another_ending_is_refused(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"small.zip: it must end in one of .pt.gz, .safetensors, .int8.onnx, .onnx"):
+        export.main(["--checkpoint", str(trained / "model.pt"), "--out", str(tmp_path / "small.zip")])
+    assert not (tmp_path / "small.zip").exists()

@@ -245,3 +245,61 @@ def test_network_names_every_layer_in_its_spaces():
         readers = [reader for space in model.channels() for reader in space["readers"]]
         assert sorted(readers) == sorted(set(layers) - {"conv1"})
     assert models.build("lenet5").channels()
+
+
+# ---- dead channels
+
+@pytest.mark.parametrize("name, groups, shuffle", [("resnet18", 8, True), ("resnet18", 1, False), ("resnet50", 4, True),
+                                                   ("lenet5", None, None), ("resnet20", None, None),
+                                                   ("mobilenet", None, None), ("wrn-10-2", None, None)])
+def test_dead_channels_leave_without_a_trace(name, groups, shuffle):
+    _, model = network(name, groups, shuffle)
+    generator, expected = torch.Generator().manual_seed(0), 0
+    with torch.no_grad():
+        for space in model.channels():
+            if space["name"].startswith("stream") or space["branch"] or len(space["readers"]) > 1:
+                continue
+            gone = torch.ones(len(model.get_submodule(space["makers"][0]).weight), dtype=torch.bool)
+            gone[some_keep(model, space, 0.4, generator)] = False
+            expected += int(gone.sum())
+            reader = model.get_submodule(space["readers"][0])
+            reads = gone
+            if space["shuffled"]:
+                reads = gone[shrinking.order_of(model.get_submodule(space["shuffled"]), len(gone))]
+            for part, own in zip(reader.weight.chunk(getattr(reader, "groups", 1)),
+                                 reads.chunk(getattr(reader, "groups", 1)), strict=True):
+                part[:, own.repeat_interleave(space["unfold"])] = 0
+        images = torch.randn(2, 3, 32, 32)
+        before, outputs = copy.deepcopy(model), model(images)
+        assert shrinking.remove_dead(model) == expected > 0
+        torch.testing.assert_close(model(images), outputs, atol=1e-5 * max(1, outputs.abs().max().item()), rtol=0)
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in before.parameters())
+    assert shrinking.remove_dead(model) == 0
+
+
+def test_a_silent_filter_leaves_only_where_its_norm_gives_nothing():
+    _, model = network("resnet18", 1, False)
+    norm = model.layer1[0].bn1
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[:4] = 0
+        norm.running_mean[:4], norm.bias[:4] = 0, torch.tensor([-1.0, 0.0, 0.5, -0.2])
+        images = torch.randn(2, 3, 16, 16)
+        outputs = model(images)
+        assert shrinking.remove_dead(model) == 3 and len(model.layer1[0].conv1.weight) == 61
+        torch.testing.assert_close(model(images), outputs, atol=1e-4, rtol=1e-4)
+
+
+def test_other_activations_keep_silent_filters():
+    model = models.build("resnet20", activation="sigmoid").eval()
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[:4] = 0
+    assert shrinking.remove_dead(model) == 0
+
+
+def test_a_chain_of_dead_channels_leaves_as_a_whole():
+    model = models.build("lenet5").eval()
+    with torch.no_grad():
+        model.linear3.weight[:, :5] = 0                       # nobody reads five of linear2, which alone read one
+        model.linear2.weight[5:, 7] = 0
+    assert shrinking.remove_dead(model) == 6
+    assert model.linear1.out_features == 119 and model.linear2.out_features == 79
