@@ -77,7 +77,7 @@ def training_parser(description, choices, datasets):
                        ("pooling", "of LeNet-5: max or average"),
                        ("shortcut", "of ResNet-20 to 110: A (pad) or B (1x1 convolution)")):
         parser.add_argument("--" + name, help=what)
-    parser.add_argument("--binary-scale", choices=["one", "glorot"], help="H of binary weights")
+    parser.add_argument("--binary-scale", choices=["one", "glorot"], help="H of binary weights (glorot)")
     parser.add_argument("--compile", choices=["auto", "on", "off"], help="auto: where it pays and a compiler is there")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--teacher", metavar="CHECKPOINT", help="learn from this network too (distillation)")

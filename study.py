@@ -121,7 +121,7 @@ def row_of(arm, seed, folder, data):
             "epochs": "+".join(map(str, history.groupby("round").size())),
             "images_an_epoch": settings["limit"] or "all",
             "validation_accuracy": last["validation_accuracy"], "validation_loss": last["validation_loss"],
-            "train_accuracy": last["train_accuracy"], "parameters_at_first": history["parameters"].iloc[0],
+            "train_accuracy": last["train_accuracy"], "parameters_at_first": history.get("parameters", [None])[0],
             **measure_arm(folder, data),
             "minutes": round(history["seconds"].sum() / 60, 2),
             "images_per_second": history["images_per_second"].median(), "device": config["device"],

@@ -65,7 +65,7 @@ DEFAULTS = {
     "morph_device": None, "teacher": None, "temperature": 4.0, "distillation_weight": 0.9,
     "batch_size": 64, "lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
     "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "mix_per_sample": False,
-    "ema_decay": 0.998, "pad": 4, "binary_scale": "one", "activation": "relu", "pooling": "max", "shortcut": "B",
+    "ema_decay": 0.998, "pad": 4, "binary_scale": "glorot", "activation": "relu", "pooling": "max", "shortcut": "B",
     "recipe": "ours", "compile": "auto", "device": "auto", "seed": 0,
     "limit": None, "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
 }

@@ -14,7 +14,8 @@ def binary_run(tmp_path_factory):
     """A finished run with binary weights that was pruned once and interrupted by nothing."""
     out = tmp_path_factory.mktemp("runs") / "binary"
     train_pruning.main(["--dataset", "digits", "--limit", "64", "--batch-size", "32", "--epochs", "1", "1",
-                        "--sparsity", "0.5", "--weights", "binary", "--compile", "off", "--out", str(out)])
+                        "--sparsity", "0.5", "--weights", "binary", "--binary-scale", "one", "--compile", "off",
+                        "--out", str(out)])
     return out
 
 

@@ -474,7 +474,7 @@ def batch_norm_run(tmp_path, **settings):
     """A run of a convolution with batch norm over one batch; calibration images are far from those that train it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 10))
-    run = start_run(tmp_path, model, random_batches(1), averaging="ema", **settings)
+    run = start_run(tmp_path, model, random_batches(1), averaging="ema", binary_scale="one", **settings)
     run.validation, run.calibration = random_batches(2, seed=1), [(random_batches(1, seed=2)[0][0] + 5,)]
     return run, model
 
