@@ -94,7 +94,8 @@ def test_every_commented_line_runs_when_it_is_active(script, group, value, tmp_p
     active = commandline.read_lines(edited)[0]
     assert repr(active[group.lower()]).replace("'", '"') == value
     masked = script == "train_pruning.py" and active["pruning"] not in commandline.SHRINKING
-    rounds = ["1", "1"] if masked else ["2"] if script == "train_pruning.py" else ["1"]
+    one_round = script == "train.py" or active["pruning"] in ("filters", "l1_cycle")
+    rounds = ["1"] if one_round else ["1", "1"]
     size = ["4", "2"] if group == "MODEL" else ["16", "8"]           # two steps
     load_script(edited, monkeypatch).main([*SHORT, "--epochs", *rounds, "--limit", size[0], "--batch-size", size[1],
                                            "--out", "run", *(["--sparsity", "0.7"] if masked else [])])
