@@ -217,7 +217,7 @@ def write_results(out, study, rows):
     table = table_of(runs)
     cifar10.check_folder(out)
     checkpoint.write(out / "runs.csv", runs.to_csv(index=False).encode())
-    checkpoint.write(out / "table.csv", table.to_csv(index=False, float_format="%.6g").encode())
+    checkpoint.write(out / "table.csv", table.to_csv(index=False, float_format="%.10g").encode())
     checkpoint.write(out / "table.md", markdown_of(table).encode())
     draw_accuracy(out / "accuracy.png", table, study.get("title", out.name))
     if "factors" in study and len(runs) >= len(study["arms"]):
