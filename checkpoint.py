@@ -271,14 +271,12 @@ def resize(model, widths, weights):
     `model` and a tensor in the file is made.
     """
     for name, width in widths_of(model).items() if widths else ():
-        parent, _, leaf = name.rpartition(".")
-        layer, weight = model.get_submodule(name), weights.get(f"{name}.weight")
         if name not in widths:
+            parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, None)
         elif widths[name] != width:
-            some = next(layer.parameters())
-            fresh = layer_like(layer, widths[name], weight).to(some.device, some.dtype).train(layer.training)
-            setattr(model.get_submodule(parent), leaf, fresh)
+            layer = model.get_submodule(name)
+            model.set_submodule(name, layer_like(layer, widths[name], weights.get(f"{name}.weight")))
     for parent, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             made = weights.get(f"{parent}.{leaf}")
@@ -287,14 +285,16 @@ def resize(model, widths, weights):
 
 
 def layer_like(layer, width, weight=None):
-    """A fresh layer of the kind of `layer` and another width; the shape of `weight` gives a convolution's groups."""
+    """A fresh layer like `layer` but for its width; the shape of `weight` gives a convolution's groups."""
     if isinstance(layer, nn.Conv2d):
         groups = layer.groups if weight is None else width[0] // max(1, weight.shape[1])
-        return nn.Conv2d(*width, layer.kernel_size, layer.stride, layer.padding, groups=groups,
-                         bias=layer.bias is not None)
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(*width, bias=layer.bias is not None)
-    return nn.BatchNorm2d(*width)
+        fresh = nn.Conv2d(*width, layer.kernel_size, layer.stride, layer.padding, groups=groups,
+                          bias=layer.bias is not None)
+    elif isinstance(layer, nn.Linear):
+        fresh = nn.Linear(*width, bias=layer.bias is not None)
+    else:
+        fresh = nn.BatchNorm2d(*width)
+    return fresh.to(layer.weight.device, layer.weight.dtype).train(layer.training)
 
 
 # ---- compact files
@@ -324,11 +324,6 @@ def read_safetensors(path, content):
     if "network" not in header:
         raise ValueError(f"{path} holds tensors alone; a network of this project has its structure in the metadata")
     return {"format": int(header["format"]), **json.loads(header["network"]), "weights": weights}
-
-
-def dataset_of(state):
-    """The data set that a checkpoint's network was trained on."""
-    return state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
 
 
 def compact_bytes(network):

@@ -173,7 +173,7 @@ def load_network(path, device="cpu"):
     state = checkpoint.read(path)
     if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("weights"), dict):
         raise ValueError(f"{path} holds no network: architecture or weights are missing")
-    state["dataset"] = checkpoint.dataset_of(state)
+    state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
     if state.get("average"):
         state["weights"] = state["average"]
     model = build(**state["architecture"])

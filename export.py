@@ -23,19 +23,17 @@ from train import find_checkpoint, load_network
 FORMATS = (".pt.gz", ".safetensors", ".int8.onnx", ".onnx")
 
 
-def export(source, target, data=None):
-    """Write the network in `source` to `target` and read it back.
+def export(model, state, target, data=None):
+    """Write a network, as `load_network` gives it, to `target` and read it back; its dead channels leave, in place.
 
-    data: `cifar10.Data` of its data set, needed for .int8.onnx alone. Returns (bytes
-    before, bytes after, the network that was exported, a function from images to
-    logits that reads the file, channels removed). Raises ValueError for another
-    ending, or where half precision overflows; RuntimeError where a weight that was
-    read back is not what was written.
+    data: `cifar10.Data` of its data set, needed for .int8.onnx alone. Returns (a
+    function from images to logits that reads the file, channels removed). Raises
+    ValueError for another ending, or where half precision overflows; RuntimeError
+    where a weight that was read back is not what was written.
     """
     ending = next((ending for ending in FORMATS if str(target).endswith(ending)), None)
     if ending is None:
         raise ValueError(f"{target}: it must end in one of {', '.join(FORMATS)}")
-    model, state = load_network(source)
     removed = shrinking.remove_dead(model)
     network = {**checkpoint.network_of(model, state["architecture"]), "dataset": state["dataset"]}
     kind = cifar10.KINDS[state["dataset"]]
@@ -48,14 +46,13 @@ def export(source, target, data=None):
         save, expected = ((checkpoint.save_compact, checkpoint.to_half(network["weights"])) if ending == ".pt.gz"
                           else (checkpoint.save_safetensors, network["weights"]))
         save(target, network)
-        refuse_difference(target, expected)
-        forward, _ = load_network(target)
-    return os.path.getsize(source), os.path.getsize(target), model, forward, removed
+        forward, written = load_network(target)
+        refuse_difference(target, written["weights"], expected)
+    return forward, removed
 
 
-def refuse_difference(target, expected):
-    """RuntimeError that names the first tensor in the file which is not as expected, to the bit."""
-    written = checkpoint.read(target)["weights"]
+def refuse_difference(target, written, expected):
+    """RuntimeError that names the first tensor read from the file which is not as expected, to the bit."""
     for name, tensor in expected.items():
         if not torch.equal(written[name], tensor):
             raise RuntimeError(f"{target} does not hold {name} as it was written")
@@ -90,16 +87,17 @@ def main(argv):
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     source, target = find_checkpoint(arguments.checkpoint), Path(arguments.out)
-    dataset = checkpoint.dataset_of(checkpoint.read(source))
+    model, state = load_network(source)
     needed = not arguments.no_compare or str(target).endswith(".int8.onnx")
-    data = cifar10.load(dataset, arguments.data) if needed else None
+    data = cifar10.load(state["dataset"], arguments.data) if needed else None
     target.parent.mkdir(parents=True, exist_ok=True)
-    before, after, model, forward, removed = export(source, target, data)
+    forward, removed = export(model, state, target, data)
+    before, after = os.path.getsize(source), os.path.getsize(target)
     print(f"{source}: {before:,} bytes -> {target}: {after:,} bytes, {before / after:.1f} times smaller"
           + (f"; {removed:,} dead channels removed" if removed else ""))
     if not arguments.no_compare:
         batches = cifar10.Batches(data.x_test[:arguments.limit], data.y_test[:arguments.limit], 250,
-                                  cifar10.KINDS[dataset])
+                                  cifar10.KINDS[state["dataset"]])
         largest, changed, count = compare(model, forward, batches)
         print(f"largest difference of a logit {largest:.3g}, {changed:,} of {count:,} predictions changed")
 

@@ -20,7 +20,7 @@ import torch
 
 import checkpoint
 import shrinking
-from shrinking import shrink_layer, shrink_slots, shrink_tensor, shrink_vector  # noqa: F401  (published together)
+from shrinking import made_weights, read_weights, reducible, shrink_layer, shrink_slots, shrink_tensor, shrink_vector  # noqa: F401  (published together)
 
 # ---- for a loop of one's own: weak outputs go to zero
 
@@ -71,12 +71,6 @@ def relative_reduce_layer(layer, threshold_ratio):
 
 # ---- a whole network that names its channel spaces
 
-def reducible(model):
-    """The channel spaces that can be reduced one by one: within blocks and at the end of branches, no streams."""
-    return [space for space in model.channels() if len(space["makers"]) == 1 and (space["readers"] or space["branch"])
-            and not space["name"].startswith("stream")]
-
-
 @torch.no_grad()
 def reduce_network(model, threshold, relative=True, columns=False, turn=None, average=None, optimizer=None,
                    masks=None):
@@ -91,7 +85,8 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
     """
     spaces, found = reducible(model), {}
     for space in spaces if turn is None else [spaces[turn % len(spaces)]]:
-        parts = read_weights(model, space) if columns and space["readers"] else made_weights(model, space)
+        parts = (read_weights(model, space, space["readers"][0]) if columns and space["readers"]
+                 else made_weights(model, space))
         norms = torch.zeros(sum(len(channels) for channels, _ in parts))
         for channels, weights in parts:
             norms[channels] = weights.flatten(1).norm(dim=1).float().cpu()
@@ -103,24 +98,6 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
         if len(keep) < len(norms):
             shrinking.remove(model, space, keep, average, optimizer, masks)
     return found
-
-
-def made_weights(model, space):
-    """[(channels, weights)]: the weights that make each channel of a space, one a row."""
-    weight = model.get_submodule(space["makers"][0]).weight
-    return [(torch.arange(len(weight)), weight)]
-
-
-def read_weights(model, space):
-    """[(channels, weights)]: views of the weights that read each channel, one a row; an entry for each group."""
-    layer = model.get_submodule(space["readers"][0])
-    channels = torch.arange(len(model.get_submodule(space["makers"][0]).weight))
-    if space["shuffled"]:
-        channels = shrinking.order_of(model.get_submodule(space["shuffled"]), len(channels))
-    groups = getattr(layer, "groups", 1)
-    views = [part.view(len(part), len(channels) // groups, space["unfold"], *part.shape[2:]).transpose(0, 1)
-             for part in layer.weight.chunk(groups)]
-    return list(zip(channels.chunk(groups), views, strict=True))
 
 
 # ---- the L1 filter cycle: prune, fine-tune, evaluate, as long as the loss allows
@@ -196,7 +173,7 @@ class Pruner:
         """One removal. Returns {layer: (filters before, after)} of the layers that changed; empty: none qualifies."""
         changed = {}
         for space in self.check(model):
-            norms = self.norms(model)[space["name"]]
+            norms = l1_norms(model, space)
             keep = shrinking.balanced(self.weak(norms), norms, *shrinking.partitions(model, space),
                                       round_to=self.settings["round_to"])
             if len(keep) < len(norms):
@@ -211,11 +188,9 @@ class Pruner:
         weak[lowest] = norms[lowest] < limit_of(norms, self.settings)
         return weak
 
-    @torch.no_grad()
     def norms(self, model):
         """{layer: (C,) L1 norms of its filters}, of the layers that are pruned."""
-        return {space["name"]: model.get_submodule(space["makers"][0]).weight.flatten(1).abs().sum(1).float().cpu()
-                for space in self.check(model)}
+        return {space["name"]: l1_norms(model, space) for space in self.check(model)}
 
     def check(self, model):
         """The channel spaces to prune; ValueError that names a layer which cannot be."""
@@ -227,8 +202,8 @@ class Pruner:
         if refused:
             raise ValueError(f"{refused[0]!r} cannot lose filters: its outputs are classes or a sum that other layers "
                              f"read, or there is no such layer; these can: {', '.join(spaces)}")
-        for name, norms in ((name, model.get_submodule(name).weight) for name in spaces):
-            if not bool(torch.isfinite(norms).all()):
+        for name in spaces:
+            if not bool(torch.isfinite(model.get_submodule(name).weight).all()):
                 raise ValueError(f"{name} has weights that are NaN or infinite; they cannot be ranked")
         return [space for name, space in spaces.items() if chosen is None or name in chosen]
 
@@ -241,6 +216,11 @@ class Pruner:
         """The weights and widths at output_model_path, where there is one."""
         if self.settings["output_model_path"]:
             checkpoint.save(self.settings["output_model_path"], checkpoint.network_of(model, None))
+
+
+def l1_norms(model, space):
+    """(C,) L1 norms of the filters of one layer, on the CPU."""
+    return model.get_submodule(space["makers"][0]).weight.detach().flatten(1).abs().sum(1).float().cpu()
 
 
 def limit_of(norms, settings):

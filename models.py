@@ -13,11 +13,10 @@ sliced run as they are, since widths are read from the layers.
 """
 import re
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnet_factorized import convolution, initialise, space
+from resnet_factorized import add, convolution, initialise, space
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU,
                "hardswish": nn.Hardswish, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
@@ -117,17 +116,6 @@ class MobileNet(nn.Module):
 
 
 # ---- residual networks
-
-def add(shortcut, hidden, positions):
-    """The branch's outputs added to the shortcut's channels, or to those at `positions` alone (selective addition).
-
-    shortcut: (N, C, H, W); hidden: (N, K, H, W); positions: None where K = C, else
-    (K,) int64, distinct, on the same device. Zhou, Alvarez and Porikli 2016.
-    """
-    if positions is None:
-        return shortcut + hidden
-    return torch.index_add(shortcut, 1, positions, hidden.to(shortcut.dtype))
-
 
 class Pad(nn.Module):
     """Shortcut A: every stride-th pixel, and `extra` channels of zeros after those that are there."""

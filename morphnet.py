@@ -346,7 +346,7 @@ def rebuild(model, structure):
     global generator. Raises ValueError for a structure that does not fit the model.
     """
     structure, removable = check_structure(model, structure), blocks_of(model)
-    spaces, widths, some = spaces_of(model), checkpoint.widths_of(model), next(model.parameters())
+    spaces, widths = spaces_of(model), checkpoint.widths_of(model)
     for space in spaces:
         width = structure[space["name"]]
         for name in space["makers"]:
@@ -357,28 +357,14 @@ def rebuild(model, structure):
         if space["shuffled"]:
             model.get_submodule(space["shuffled"]).order = None
     for block in {removable[name] for name, width in structure.items() if not width}:
-        remove_branch(model, block)
+        model.get_submodule(block).remove_branch()
     depthwise, layers = {name for space in spaces for name in space["depthwise"]}, dict(model.named_modules())
     for name in [name for name in widths if name in layers]:
-        layer, (parent, _, leaf) = layers[name], name.rpartition(".")
-        fresh = checkpoint.layer_like(layer, widths[name], layer.weight if name in depthwise else None)
-        setattr(model.get_submodule(parent), leaf, fresh.to(some.device, some.dtype).train(layer.training))
+        weight = layers[name].weight if name in depthwise else None
+        model.set_submodule(name, checkpoint.layer_like(layers[name], widths[name], weight))
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         initialise(model)
     return model
-
-
-def remove_branch(model, block):
-    """Leave a residual block its shortcut alone; where the block has a method for that, it does it."""
-    module = model.get_submodule(block)
-    if hasattr(module, "remove_branch"):
-        module.remove_branch()
-        return
-    removable = blocks_of(model)
-    for space in [space for space in model.channels() if block in (space["branch"], removable.get(space["name"]))]:
-        for name in space["makers"] + space["norms"] + space["depthwise"]:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, None)
 
 
 def draw_widths(path, before, after):

@@ -19,8 +19,8 @@ import cifar10
 import commandline
 import models
 import resnet_factorized
-from experiment import build
-from train import find_checkpoint, load_network
+from experiment import architecture_of, build
+from train import DEFAULTS, find_checkpoint, load_network
 
 DENSE_PARAMETERS, DENSE_MACS = 11_173_962, 555_422_720    # ResNet-18, groups 1, 10 classes, 32x32
 WRN_PARAMETERS, WRN_MACS = 36_479_194, 5_243_328_768      # WRN-28-10, the reference for CIFAR-100 of MicroNet
@@ -200,12 +200,9 @@ def parse(argv):
 
 def untrained(arguments):
     """The network that --model names, for images and classes of --dataset."""
-    kind, own = cifar10.KINDS[arguments.dataset], {}
-    if arguments.model in resnet_factorized.NETWORKS:
-        own["groups"] = arguments.groups
-    elif "size" in models.arguments_of(arguments.model):
-        own["size"] = kind.shape[0]
-    return build(arguments.model, num_classes=arguments.classes or len(kind.classes), in_channels=kind.shape[-1], **own)
+    architecture = architecture_of({**DEFAULTS, "dataset": arguments.dataset, "model": arguments.model,
+                                    "groups": arguments.groups, "shuffle": True})
+    return build(**architecture | ({"num_classes": arguments.classes} if arguments.classes else {}))
 
 
 def main(argv):

@@ -34,6 +34,17 @@ def convolution(inputs, outputs, kernel, stride=1, groups=1):
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
+def add(shortcut, hidden, positions):
+    """The branch's outputs added to the shortcut's channels, or to those at `positions` alone (selective addition).
+
+    shortcut: (N, C, H, W); hidden: (N, K, H, W); positions: None where K = C, else
+    (K,) int64, distinct, on the same device. Zhou, Alvarez and Porikli 2016.
+    """
+    if positions is None:
+        return shortcut + hidden
+    return torch.index_add(shortcut, 1, positions, hidden.to(shortcut.dtype))
+
+
 class Shortcut(nn.Sequential):
     """Nothing where the shape stays, else a 1x1 convolution and batch norm (option B)."""
 
@@ -45,7 +56,7 @@ class Shortcut(nn.Sequential):
 
 
 class Block(nn.Module):
-    """What both kinds of block share: the shuffle within, and the sum at the end.
+    """What both kinds of block share: the shuffle within, and where the sum at the end goes.
 
     order: after channels were removed, the (C,) channels of the first convolution
     in the order in which the second reads them; None while `shuffle_channels`
@@ -66,11 +77,12 @@ class Block(nn.Module):
             return hidden[:, self.order]
         return shuffle_channels(hidden, self.mixed_groups) if self.mixed_groups else hidden
 
-    def add(self, hidden, shortcut):
-        """ReLU of the sum; the branch may have fewer channels than the shortcut."""
-        if self.positions is None:
-            return F.relu(hidden + shortcut)
-        return F.relu(shortcut.index_add(1, self.positions, hidden.to(shortcut.dtype)))
+    def remove_branch(self):
+        """Leave the shortcut alone."""
+        for convolution, norm in self.branch:
+            setattr(self, convolution, None)
+            setattr(self, norm, None)
+        self.order = self.positions = None
 
 
 class BasicBlock(Block):
@@ -91,7 +103,7 @@ class BasicBlock(Block):
         if self.conv1 is None:
             return F.relu(self.shortcut(images))
         hidden = self.shuffle(F.relu(self.bn1(self.conv1(images))))
-        return self.add(self.bn2(self.conv2(hidden)), self.shortcut(images))
+        return F.relu(add(self.shortcut(images), self.bn2(self.conv2(hidden)), self.positions))
 
 
 class Bottleneck(Block):
@@ -116,7 +128,7 @@ class Bottleneck(Block):
             return F.relu(self.shortcut(images))
         hidden = self.shuffle(F.relu(self.bn1(self.conv1(images))))
         hidden = F.relu(self.bn2(self.conv2(hidden)))
-        return self.add(self.bn3(self.conv3(hidden)), self.shortcut(images))
+        return F.relu(add(self.shortcut(images), self.bn3(self.conv3(hidden)), self.positions))
 
 
 class ResNet(nn.Module):

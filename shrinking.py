@@ -133,6 +133,7 @@ def remove(model, space, keep, average=None, optimizer=None, masks=None):
         order = order_of(model.get_submodule(space["shuffled"]), len(model.get_submodule(space["makers"][0]).weight))
         stays = torch.isin(order, keep)
         reads, order = stays.nonzero().flatten(), torch.searchsorted(keep, order[stays])
+    networks = [network for network in (model, average) if network is not None]
     outputs = [(name, None, keep, 1) for name in space["makers"] + space["norms"] + space["depthwise"]]
     inputs = [(name, reads, None, space["unfold"]) for name in space["readers"]]
     for name, *indexes in outputs + inputs:
@@ -141,12 +142,10 @@ def remove(model, space, keep, average=None, optimizer=None, masks=None):
             shrink_slots(optimizer, layer, *indexes)
         if masks and f"{name}.weight" in masks:
             masks[f"{name}.weight"] = cut(masks[f"{name}.weight"], layer, "weight", *indexes)
-        for network in (model, average):
-            if network is not None:
-                shrink_layer(network.get_submodule(name), *indexes)
-    for network in (model, average):
-        if network is not None:
-            rearrange(network, space, keep, order)
+        for network in networks:
+            shrink_layer(network.get_submodule(name), *indexes)
+    for network in networks:
+        rearrange(network, space, keep, order)
 
 
 def rearrange(model, space, keep, order):
@@ -224,6 +223,33 @@ def balanced(weak, scores, rows, columns, round_to=1):
     return stays.nonzero().flatten()
 
 
+def reducible(model):
+    """The channel spaces that can be reduced one by one: within blocks and at the end of branches, no streams."""
+    return [space for space in model.channels() if len(space["makers"]) == 1 and (space["readers"] or space["branch"])
+            and not space["name"].startswith("stream")]
+
+
+def made_weights(model, space):
+    """[(channels, weights)]: the weights that make each channel of a space, one a row."""
+    weight = model.get_submodule(space["makers"][0]).weight
+    return [(torch.arange(len(weight)), weight)]
+
+
+def read_weights(model, space, reader):
+    """[(channels, weights)]: views of the weights by which the layer `reader` reads each channel, one a row.
+
+    An entry for each of its groups.
+    """
+    layer = model.get_submodule(reader)
+    channels = torch.arange(len(model.get_submodule(space["makers"][0]).weight))
+    if space["shuffled"]:
+        channels = order_of(model.get_submodule(space["shuffled"]), len(channels))
+    groups = getattr(layer, "groups", 1)
+    views = [part.view(len(part), len(channels) // groups, space["unfold"], *part.shape[2:]).transpose(0, 1)
+             for part in layer.weight.chunk(groups)]
+    return list(zip(channels.chunk(groups), views, strict=True))
+
+
 # ---- channels that pruning has cut off
 
 def remove_dead(model):
@@ -236,8 +262,8 @@ def remove_dead(model):
     removed, before = 0, None
     while removed != before:              # what left may have been the last to read another
         before = removed
-        for space in model.channels():
-            if space["name"].startswith("stream") or space["branch"]:
+        for space in reducible(model):
+            if space["branch"]:
                 continue
             weak = dead(model, space)
             keep = balanced(weak, torch.zeros(len(weak)), *partitions(model, space))
@@ -253,12 +279,8 @@ def dead(model, space):
     maker = model.get_submodule(space["makers"][0])
     unread = torch.ones(len(maker.weight), dtype=torch.bool, device=maker.weight.device)
     for name in space["readers"]:
-        layer = model.get_submodule(name)
-        unread &= torch.cat([part.view(len(part), -1, space["unfold"], *part.shape[2:]).transpose(0, 1).flatten(1).abs()
-                             .sum(1) for part in layer.weight.chunk(getattr(layer, "groups", 1))]) == 0
-    if space["shuffled"]:
-        places = order_of(model.get_submodule(space["shuffled"]), len(maker.weight)).to(unread.device)
-        unread = torch.empty_like(unread).index_put_((places,), unread)
+        for channels, weights in read_weights(model, space, name):
+            unread[channels.to(unread.device)] &= weights.flatten(1).abs().sum(1) == 0
     silent = maker.weight.flatten(1).abs().sum(1) == 0
     level = maker.bias if maker.bias is not None else torch.zeros(len(maker.weight), device=unread.device)
     if len(space["norms"]) == 1:

@@ -89,6 +89,11 @@ def add_flags(parser):
     parser.add_argument("--filter-stop", type=float, help="share of the training after which filters stay (0.6)")
 
 
+def next_round(run):
+    """Step to the next round, whose optimizer and average start afresh."""
+    run.round, run.epoch, run.optimizer, run.average = run.round + 1, 0, None, None
+
+
 def prune(run):
     """Prune the network of `run` once and step to the next round, whose optimizer starts afresh."""
     sparsity, floor = run.settings["sparsity"][run.round], run.settings["minimum_density"]
@@ -97,7 +102,7 @@ def prune(run):
     pruning.apply_masks(run.model, run.masks)
     if run.settings["recalibrate"]:
         recalibrate(run, run.model)
-    run.round, run.epoch, run.optimizer = run.round + 1, 0, None
+    next_round(run)
     held = pruning.held_layers(run.masks, floor)
     print(f"pruned {100 * sparsity:.0f} % of the remaining weights: {100 * pruning.sparsity_of(run.model):.2f} % zeros"
           + (f"; held at the minimum density of {floor}: {', '.join(held)}" if held else ""), flush=True)
@@ -115,7 +120,7 @@ def morph(run):
     morphnet.write_structure(run.out / f"structure-{run.round + 1}.json", wide)
     morphnet.draw_widths(run.out / f"widths-{run.round + 1}.png", before, wide)
     morphnet.rebuild(run.model, wide)
-    run.round, run.epoch, run.optimizer, run.average = run.round + 1, 0, None, None
+    next_round(run)
     run.forward = compiling.again(run.model, run.forward)
     print(f"alive: {sum(alive.values()):,} of {sum(before.values()):,} channels; all {factor:.3f} times as wide: "
           f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.out}/structure-{run.round}.json",
@@ -137,7 +142,7 @@ def l1_cycle(run):
 
     def finetune(model, epochs):
         run.settings["epochs"].append(epochs)
-        run.round, run.epoch, run.optimizer, run.average = run.round + 1, 0, None, None
+        next_round(run)
         run.forward = compiling.again(run.model, run.forward)
         fit(run)
     if run.round == 0 or run.history[-1]["validation_loss"] <= settings["stop_loss"]:

@@ -114,7 +114,8 @@ def test_what_leaves_is_below_the_threshold(name, threshold, columns):
     assert list(found) == [space["name"] for space in spaces]
     for before, after, held in found.values():
         assert 1 <= after <= before and held >= 0
-    parts = (filter_pruning.read_weights if columns else filter_pruning.made_weights)(reference, spaces[0])
+    parts = (filter_pruning.read_weights(reference, spaces[0], spaces[0]["readers"][0]) if columns
+             else filter_pruning.made_weights(reference, spaces[0]))
     norms = torch.cat([weights.flatten(1).norm(dim=1) for _, weights in parts])
     before, after, held = found[spaces[0]["name"]]               # of the first layer nothing had left before
     assert after - held == int((norms > threshold * norms.max()).sum())

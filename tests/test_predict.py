@@ -26,7 +26,7 @@ def test_a_folder_of_pictures_is_classified_as_the_images_are(ending, trained, d
     folder, images, labels = digit_pictures
     path = trained / "model.pt"
     if ending == "onnx":
-        export.export(path, tmp_path / "model.onnx")
+        export.export(*train.load_network(path), tmp_path / "model.onnx")
         path = tmp_path / "model.onnx"
     predict.main([str(folder), "--checkpoint", str(path), "--dataset", "digits", "--json", "--top", "10"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
