@@ -9,7 +9,6 @@ warms up first, and is a median with its range; --json writes the numbers.
 """
 import json
 import multiprocessing
-import statistics
 import tempfile
 import time
 from itertools import islice
@@ -62,7 +61,7 @@ def time_training(run, batches, images):
     begun = time.perf_counter()
     for step, (pictures, labels) in enumerate(islice(batches, count)):
         train.train_step(run, pictures.to(run.device), labels.to(run.device), step)
-    synchronise(run.device)
+    compiling.synchronise(run.device)
     return (time.perf_counter() - begun) / (count * run.settings["batch_size"])
 
 
@@ -72,14 +71,8 @@ def time_evaluation(run, batches, images):
     chosen = list(range(max(1, images // size)))
     begun = time.perf_counter()
     logits, _ = train.predict(run.model, islice(batches, len(chosen)), run.device)
-    synchronise(run.device)
+    compiling.synchronise(run.device)
     return (time.perf_counter() - begun) / len(logits)
-
-
-def synchronise(device):
-    """Wait for what was launched on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def endless(batches):
@@ -133,15 +126,10 @@ def measure_training(arguments):
         measured = sizes["train"] + 2 * sizes["validation"] if recipe == "published" else sizes["validation"]
         epochs = [step * sizes["train"] + look * measured for step, look in taken]
         rows[recipe] = {"how": facts[recipe][0], "batch_size": facts[recipe][1],
-                        "training": spread([1 / step for step, _ in taken]),
-                        "evaluation": spread([1 / look for _, look in taken]),
-                        "epoch": spread([sizes["train"] / seconds for seconds in epochs])}
+                        "training": compiling.spread([1 / step for step, _ in taken]),
+                        "evaluation": compiling.spread([1 / look for _, look in taken]),
+                        "epoch": compiling.spread([sizes["train"] / seconds for seconds in epochs])}
     return rows
-
-
-def spread(values):
-    """Median, least and greatest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def print_training(rows, ratios, where):
@@ -191,24 +179,10 @@ def time_inference(network, way, batch, device_, repeats, seconds):
         forward, images, row["setup_seconds"] = prepare(way, model, batch, device)
     except (ImportError, ValueError, RuntimeError) as problem:
         return row | {"not_run": str(problem).strip().splitlines()[0]}
-    times = []
     with torch.inference_mode():
-        calls = max(1, int(seconds / time_calls(forward, images, 1, device)))
-        for _ in range(repeats + 1):
-            times.append(time_calls(forward, images, calls, device) / calls)
-    taken = times[1:]                     # the first one warms up
-    return row | {"calls": calls, "milliseconds": spread([1000 * each for each in taken]),
-                  "images_per_second": spread([batch / each for each in taken])}
-
-
-def time_calls(forward, images, calls, device):
-    """Seconds that so many calls take."""
-    synchronise(device)
-    begun = time.perf_counter()
-    for _ in range(calls):
-        forward(images)
-    synchronise(device)
-    return time.perf_counter() - begun
+        calls, taken = compiling.time_repeats(forward, images, repeats, seconds, device)
+    return row | {"calls": calls, "milliseconds": compiling.spread([1000 * each for each in taken]),
+                  "images_per_second": compiling.spread([batch / each for each in taken])}
 
 
 def measure_inference(arguments):

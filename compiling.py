@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import shutil
+import statistics
 import time
 
 import torch
@@ -95,8 +96,38 @@ def time_steps(model, forward, shape, autocast, device):
             logits = forward(images)
         logits.float().logsumexp(1).sum().backward()
         model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(device)
         seconds = time.perf_counter() - begun
     model.load_state_dict(kept)
     return shape[0] / seconds
+
+
+# ---- the time of anything that is called again and again
+
+def time_repeats(forward, images, repeats, seconds, device):
+    """(calls in a repeat, the seconds that a call takes in each of so many repeats of about `seconds`), warmed up."""
+    forward(images)
+    calls = max(1, int(seconds / time_calls(forward, images, 1, device)))
+    times = [time_calls(forward, images, calls, device) / calls for _ in range(repeats + 1)]
+    return calls, times[1:]               # the first one warms up
+
+
+def time_calls(forward, images, calls, device):
+    """Seconds that so many calls take."""
+    synchronise(device)
+    begun = time.perf_counter()
+    for _ in range(calls):
+        forward(images)
+    synchronise(device)
+    return time.perf_counter() - begun
+
+
+def synchronise(device):
+    """Wait for what was launched on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(values):
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -7,21 +7,27 @@ and that file is tested. Stopped, it goes on where it was when it is called
 again. Writes results/<study>/ with runs.csv (one row a run), table.csv and
 table.md (mean and standard deviation over the seeds) and accuracy.png.
 
-`{seed}` in a run stands for its seed, so that an arm can name another one's files.
+Of an arm, `against` names the arm that its size and speed are compared with (the
+first one). `{seed}` in a run stands for its seed, so that an arm can name another
+one's files.
 `factors` instead of arms, with the `run` they belong to, makes an arm of every
 combination of their values; then influence.csv and influence.png say how much
 each factor, and each product of factors, moves the error and the reduction.
 """
 import itertools
 import json
+import math
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import checkpoint
 import cifar10
 import commandline
+import experiment
 
 HERE = Path(__file__).resolve().parent
 PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
@@ -47,6 +53,9 @@ def read_study(path):
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"{path}: two arms are called {twice[0]!r}")
+    for arm in study["arms"]:
+        if arm.setdefault("against", names[0]) not in names:
+            raise ValueError(f"{path}: arm {arm['name']!r} is against {arm['against']!r}, which is no arm")
     return study
 
 
@@ -115,40 +124,63 @@ def row_of(arm, seed, folder, data):
     """The row of runs.csv of one finished run."""
     import pandas as pd
     config, history = json.loads((folder / "config.json").read_text()), pd.read_csv(folder / "history.csv")
-    settings, last = config["settings"], history.iloc[-1]
-    return {"group": arm["group"], "arm": arm["name"], "seed": seed, "run": arm["run"],
+    settings, last, speed = config["settings"], history.iloc[-1], history["images_per_second"]
+    return {"group": arm["group"], "arm": arm["name"], "against": arm["against"], "seed": seed, "run": arm["run"],
             **{f"factor_{name}": value for name, value in arm.get("factors", {}).items()},
             "epochs": "+".join(map(str, history.groupby("round").size())),
             "images_an_epoch": settings["limit"] or "all",
             "validation_accuracy": last["validation_accuracy"], "validation_loss": last["validation_loss"],
-            "train_accuracy": last["train_accuracy"], "parameters_at_first": history.get("parameters", [None])[0],
+            "train_accuracy": last["train_accuracy"], "parameters_at_first": parameters_of(config["architecture"]),
             **measure_arm(folder, data),
-            "minutes": round(history["seconds"].sum() / 60, 2),
-            "images_per_second": history["images_per_second"].median(), "device": config["device"],
+            "minutes": round(history["seconds"].sum() / 60, 2), "images_per_second": speed.median(),
+            # the first epoch is left out: memory and caches are filled in it
+            "epochs_faster": speed.tail(3).median() / speed.iloc[min(1, len(speed) - 1):4].median(),
+            "device": config["device"],
             "torch": config["versions"]["torch"], "started": config["started"]}
 
 
+def parameters_of(architecture):
+    """How many the network had before anything left it."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in experiment.build(**architecture).parameters())
+
+
 def table_of(runs):
-    """One row an arm: n, mean and standard deviation over its seeds. runs: a DataFrame of `row_of` rows."""
+    """One row an arm: n, mean and standard deviation over its seeds. runs: a DataFrame of `row_of` rows.
+
+    parameters_fewer and macs_fewer, in %, and times_faster, of testing the exported
+    file, are against the arm that it names; epochs_faster is its last epochs
+    against its first ones.
+    """
     by_arm = runs.groupby(["group", "arm"], sort=False)
     numbers = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes",
-               "score_course", "minutes", "images_per_second", "test_seconds"]
+               "score_course", "minutes", "images_per_second", "test_seconds", "epochs_faster"]
     table = by_arm[numbers].mean()
     table.insert(0, "n", by_arm.size())
     for name in ("validation_accuracy", "test_accuracy"):
         table.insert(list(table).index(name) + 1, f"{name}_sd", by_arm[name].std())
-    return table.reset_index()
+    table = table.reset_index()
+    other = table.set_index("arm").reindex(runs.groupby("arm", sort=False)["against"].first()[table["arm"]])
+    for name, column in (("parameters_fewer", "nonzero"), ("macs_fewer", "macs")):
+        table[name] = 100 * (1 - table[column] / other[column].to_numpy())
+    table["times_faster"] = other["test_seconds"].to_numpy() / table["test_seconds"]
+    return table
 
 
 def markdown_of(table):
-    """The table for a README."""
-    lines = ["| group | arm | n | validation % | test %, exported file | parameters left | MACs | bytes | minutes |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    """The table for a README; a comparison that was not made is left empty."""
+    lines = ["| group | arm | n | validation % | test %, exported file | parameters left | fewer | MACs | fewer "
+             "| bytes | training s | test s | times faster | epochs faster |", "|---" * 14 + "|"]
     for row in table.to_dict("records"):
         spread = {name: "" if row["n"] < 2 else f" ± {row[f'{name}_sd']:.2f}"
                   for name in ("validation_accuracy", "test_accuracy")}
+        shown = {name: "" if math.isnan(row[name]) else form.format(row[name])
+                 for name, form in (("parameters_fewer", "{:.1f} %"), ("macs_fewer", "{:.1f} %"),
+                                    ("times_faster", "{:.1f}"), ("epochs_faster", "{:.2f}"))}
         lines.append("| {group} | {arm} | {n} | {validation_accuracy:.2f}{0} | {test_accuracy:.2f}{1} | {nonzero:,.0f} "
-                     "| {macs:,.0f} | {bytes:,.0f} | {minutes:.1f} |".format(*spread.values(), **row))
+                     "| {parameters_fewer} | {macs:,.0f} | {macs_fewer} | {bytes:,.0f} | {seconds:.0f} "
+                     "| {test_seconds:.2f} | {times_faster} | {epochs_faster} |"
+                     .format(*spread.values(), **(row | shown), seconds=60 * row["minutes"]))
     return "\n".join(lines) + "\n"
 
 

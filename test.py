@@ -39,7 +39,7 @@ def test_network(model, data, kind, precision, device, batch_size=500, limit=Non
     classes = [{"name": name, "images": n, "correct": k, "accuracy": 100 * k / n if n else None}
                for name, n, k in zip(kind.classes, images.tolist(), correct.tolist(), strict=True)]
     return {"accuracy": 100 * correct.sum().item() / len(labels), "loss": F.cross_entropy(logits, labels).item(),
-            "images": len(labels), "seconds": round(seconds, 2), "precision": note,
+            "images": len(labels), "seconds": round(seconds, 3), "precision": note,
             "classes": classes, "confusion": confusion.tolist()}
 
 

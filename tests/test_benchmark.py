@@ -30,10 +30,6 @@ def test_an_epoch_is_slower_than_its_training_steps(measured):
         assert row["epoch"]["median"] < row["training"]["median"]
 
 
-def test_spread_is_median_least_and_greatest():
-    assert benchmark.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
-
-
 def test_nothing_to_measure_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         benchmark.main(["training", "--repeats", "0"])

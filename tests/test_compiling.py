@@ -1,4 +1,5 @@
 import contextlib
+import time
 
 import pytest
 import torch
@@ -61,3 +62,14 @@ def test_compiled_and_eager_networks_agree():
     with torch.no_grad():
         reference = model(images)
         assert torch.allclose(forward(images), reference, atol=1e-3, rtol=1e-3)
+
+
+def test_calls_are_warmed_up_counted_and_timed():
+    called = []
+    calls, taken = compiling.time_repeats(lambda images: called.append(time.sleep(0.002)), None, 3, 0.01, CPU)
+    assert 1 <= calls <= 5 and len(taken) == 3 and len(called) == 2 + 4 * calls
+    assert all(0.002 <= seconds < 0.2 for seconds in taken)
+
+
+def test_spread_is_median_least_and_greatest():
+    assert compiling.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}

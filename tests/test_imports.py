@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     {"train", "train_pruning", "test", "profil", "benchmark", "export", "predict", "report",
-     "study"},
+     "study", "deployment"},
     {"experiment"},
     {"set_cutmix_train", "set_mixup_train", "set_pruning_train", "set_quantization_train",
      "set_distillation_train"},

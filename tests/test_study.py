@@ -79,6 +79,10 @@ def test_a_stopped_study_goes_on_and_its_table_holds_the_means(tmp_path, monkeyp
         assert row["bytes"] == (folder / "exported.pt.gz").stat().st_size and row["test_images"] == 360
         assert row["validation_accuracy"] == pd.read_csv(folder / "history.csv")["validation_accuracy"].iloc[-1]
     assert runs["sparsity"].tolist() == pytest.approx([0, 0.9] * 2, abs=1e-3)
+    assert runs["parameters_at_first"].tolist() == runs["parameters"].tolist()       # zeros stay where they are
+    whole, pruned = table.to_dict("records")
+    assert whole["parameters_fewer"] == whole["macs_fewer"] == pruned["macs_fewer"] == 0 and whole["times_faster"] == 1
+    assert pruned["parameters_fewer"] == pytest.approx(100 * (1 - pruned["nonzero"] / whole["nonzero"]), rel=1e-6)
     assert Path("results/small/accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "| mixing | none (all) | 2 |" in capsys.readouterr().out
 
@@ -94,6 +98,41 @@ def test_finished_makes_a_table_of_what_is_there_and_trains_nothing(tmp_path, mo
     study.main([str(path), "--finished", "--out", "elsewhere"])
     table = pd.read_csv("elsewhere/table.csv")
     assert table["arm"].tolist() == ["none (all)"] and table["validation_accuracy_sd"].isna().all()
+
+
+def row(arm, against, seed, **numbers):
+    """A row of runs.csv, of an arm that nothing was measured of but what is given."""
+    names = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes",
+             "score_course", "minutes", "images_per_second", "test_seconds", "epochs_faster"]
+    return {"group": "g", "arm": arm, "against": against, "seed": seed, **dict.fromkeys(names, 1.0), **numbers}
+
+
+def test_an_arm_is_compared_with_the_one_it_names():
+    runs = pd.DataFrame([row("big", "big", 0, nonzero=1000, macs=800, test_seconds=6.0),
+                         row("small", "big", 0, nonzero=100, macs=200, test_seconds=1.0),
+                         row("small", "big", 1, nonzero=300, macs=200, test_seconds=2.0),
+                         row("other", "alone", 0)])
+    table = study.table_of(runs)
+    assert table["n"].tolist() == [1, 2, 1]
+    small = table.set_index("arm").loc["small"]
+    assert small["parameters_fewer"] == pytest.approx(80) and small["macs_fewer"] == pytest.approx(75)
+    assert small["times_faster"] == pytest.approx(4)
+    assert "| g | small | 2 | 1.00 ± 0.00 | 1.00 ± 0.00 | 200 | 80.0 % | 200 | 75.0 % |" in study.markdown_of(table)
+    assert study.markdown_of(table).splitlines()[-1].endswith("| 1.00 |  | 1.00 |")      # against one that has not run
+
+
+def test_epochs_get_faster_where_channels_leave(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "measure_arm", lambda folder, data: {})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"settings": {"limit": None}, "device": "cpu", "started": "now",
+                                                    "versions": {"torch": "2"}, "architecture": {"name": "lenet5"}}))
+    pd.DataFrame({"round": 1, "seconds": 30.0, "images_per_second": [5, 100, 110, 90, 100, 300, 320, 310],
+                  "validation_accuracy": 1.0, "validation_loss": 1.0, "train_accuracy": 1.0}
+                 ).to_csv(folder / "history.csv")
+    found = study.row_of({"group": "g", "name": "a", "against": "a", "run": "train.py"}, 0, folder, "data")
+    assert found["epochs_faster"] == 3.1 and found["minutes"] == 4 and found["parameters_at_first"] == 62_006
 
 
 def factor_study(folder):
@@ -131,7 +170,8 @@ def test_influence_is_what_made_the_numbers():
     ({"flags": 3}, "'flags' must be a str"), ({"arms": []}, "'arms' must be a list that is not empty"),
     ({"arms": [{"name": "a", "run": "train.py"}]}, "arm 0 must have a group"),
     ({"arms": [{"group": "g", "name": "a", "run": "rm -rf x"}]}, "arm 'a' must run train.py or train_pruning.py"),
-    ({"arms": [{"group": "g", "name": "a", "run": "train.py"}] * 2}, "two arms are called 'a'")])
+    ({"arms": [{"group": "g", "name": "a", "run": "train.py"}] * 2}, "two arms are called 'a'"),
+    ({"arms": [{"group": "g", "name": "a", "run": "train.py", "against": "b"}]}, "against 'b', which is no arm")])
 def test_a_study_of_another_form_is_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         study.read_study(study_file(tmp_path, **changes))

@@ -1,0 +1,207 @@
+"""What trained networks are worth in use: `python deployment.py runs/a/model.pt small=pretrained/b.pt.gz`.
+
+Each network is exported by export.py, and every file is used as it would be: the
+compact one in PyTorch, eager and compiled, the ONNX files in ONNX Runtime, in
+float32 and int8. A row says what that file gives on all test images, its bytes,
+and the milliseconds that one image takes, all in one run; dense ResNet-18, eager
+in PyTorch and untrained, is what they are compared with. --json writes the
+numbers, with a table (.md) and a plot (.png) beside them.
+"""
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import cifar10
+import commandline
+import compiling
+import experiment
+import onnx_files
+from train import load_network
+
+HERE = Path(__file__).resolve().parent
+FORMS = {"PyTorch": ".pt.gz", "PyTorch compiled": ".pt.gz", "ONNX Runtime": ".onnx", "ONNX Runtime int8": ".int8.onnx"}
+DENSE = "ResNet-18 dense, untrained"
+
+
+def named(given):
+    """(name, path) of NAME=PATH; of a path alone, named as its run or, outside a run, as its file."""
+    name, found, path = given.rpartition("=")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    return (name if found else path.parent.name if path.name == "model.pt" else path.name.split(".")[0]), path
+
+
+def write_dense(path, dataset):
+    """A checkpoint of dense ResNet-18 for the images of a data set, freshly initialised."""
+    kind = cifar10.KINDS[dataset]
+    architecture = {"name": "resnet18", "num_classes": len(kind.classes), "in_channels": kind.shape[-1],
+                    "groups": 1, "shuffle": False}
+    network = checkpoint.network_of(experiment.build(**architecture), architecture)
+    checkpoint.save(path, {**network, "dataset": dataset})
+
+
+def call(command):
+    """What a script of this project prints; RuntimeError with its last line of stderr where it fails."""
+    done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"python {' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout
+
+
+def open_form(form, path):
+    """A function from images to logits, of an exported file; ValueError where it cannot be made here."""
+    if form.startswith("ONNX"):
+        return onnx_files.open_onnx(path)
+    if form.endswith("compiled") and not compiling.find_compiler():
+        raise ValueError("no C++ compiler found")
+    model = load_network(path)[0]
+    return torch.compile(model) if form.endswith("compiled") else model
+
+
+def time_form(form, path, shape, repeats, seconds):
+    """Milliseconds that an image of `shape` takes, one image a call: median and range, or why it was not run."""
+    compiling.keep_freed_memory()
+    images, device = torch.randn(1, *shape), torch.device("cpu")
+    try:
+        with torch.inference_mode():
+            forward = open_form(form, path)
+            times = compiling.time_repeats(forward, images, repeats, seconds, device)[1]
+    except (ImportError, ValueError, RuntimeError) as problem:
+        return {"not_run": str(problem).strip().splitlines()[0]}
+    return {"milliseconds": compiling.spread([1000 * each for each in times])}
+
+
+@torch.inference_mode()
+def test_form(form, path, batches):
+    """Accuracy in % of an exported file on all images of `batches`."""
+    forward = open_form(form, path)
+    right = [forward(images).argmax(1) == labels for images, labels in batches]
+    return 100 * torch.cat(right).float().mean().item()
+
+
+def measure(name, source, folder, data, arguments):
+    """The rows of one network, a form each. Only what was trained is tested."""
+    profile = json.loads(call(["profil.py", "--checkpoint", str(source), "--json"]))
+    kind, rows, accuracies = cifar10.KINDS[arguments.dataset], [], {}
+    for form, ending in FORMS.items():
+        path = Path(folder) / f"network{ending}"
+        if ending not in accuracies:
+            call(["export.py", "--checkpoint", str(source), "--out", str(path), "--data", arguments.data,
+                  "--no-compare"])
+            batches = cifar10.Batches(data.x_test[:arguments.limit], data.y_test[:arguments.limit], 250, kind)
+            accuracies[ending] = None if name == DENSE else test_form(form, path, batches)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            timed = pool.apply(time_form, (form, path, (kind.shape[-1], *kind.shape[:2]), arguments.repeats,
+                                           arguments.seconds))
+        rows.append({"network": name, "form": form, "accuracy": accuracies[ending],
+                     "images": len(data.y_test[:arguments.limit]), "bytes": os.path.getsize(path),
+                     "parameters": profile["parameters"], "nonzero": profile["nonzero"], "macs": profile["macs"],
+                     **timed})
+        print_row(rows[-1])
+    return rows
+
+
+def compare(rows, reference_bytes):
+    """Add how many times faster and smaller than the reference each row is, in place."""
+    base = next(row for row in rows if (row["network"], row["form"]) == (DENSE, "PyTorch"))
+    for row in rows:
+        row["times_smaller"] = reference_bytes / row["bytes"]
+        if "milliseconds" in row:
+            row["times_faster"] = base["milliseconds"]["median"] / row["milliseconds"]["median"]
+
+
+def print_row(row):
+    """One line a row."""
+    accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.2f} %"
+    speed = f"not run: {row['not_run']}" if "not_run" in row else (
+        f"{row['milliseconds']['median']:8.3f} ms ({row['milliseconds']['min']:.3f} to "
+        f"{row['milliseconds']['max']:.3f})")
+    print(f"{row['network']:32}{row['form']:20}{accuracy:>9}{row['bytes']:>13,} bytes{row['macs']:>14,} MACs  {speed}",
+          flush=True)
+
+
+def markdown_of(rows):
+    """The table for a README."""
+    lines = ["| network | MACs | parameters left | form | test % | bytes | smaller | ms, one image | faster |",
+             "|---" * 9 + "|"]
+    for row in rows:
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.2f}"
+        speed = ("not run | " if "not_run" in row
+                 else f"{row['milliseconds']['median']:.2f} | {row['times_faster']:.1f}")
+        lines.append(f"| {row['network']} | {row['macs']:,} | {row['nonzero']:,} | {row['form']} | {accuracy} "
+                     f"| {row['bytes']:,} | {row['times_smaller']:.1f} | {speed} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path, rows):
+    """Accuracy against milliseconds, a colour a network, a marker a form; the area grows with the file."""
+    from matplotlib.figure import Figure
+    shown = [row for row in rows if row["accuracy"] is not None and "milliseconds" in row]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    networks, markers = list(dict.fromkeys(row["network"] for row in shown)), dict(zip(FORMS, "osD^", strict=True))
+    for row in shown:
+        axes.scatter(row["milliseconds"]["median"], row["accuracy"], s=20 + row["bytes"] / 20_000, alpha=0.7,
+                     marker=markers[row["form"]], color=f"C{networks.index(row['network'])}",
+                     label=f"{row['network']}, {row['form']}")
+    for row in rows:
+        if (row["network"], row["form"]) == (DENSE, "PyTorch") and "milliseconds" in row:
+            axes.axvline(row["milliseconds"]["median"], color="gray", linestyle=":", label=f"{DENSE}, PyTorch")
+    axes.set(xscale="log", xlabel="milliseconds, one image", ylabel="test accuracy (%)")
+    axes.grid(alpha=0.4)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+
+
+def parse(argv):
+    """The flags of this script."""
+    parser = commandline.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoints", nargs="+", help="trained networks of one data set, each a path or NAME=PATH")
+    parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
+    parser.add_argument("--limit", type=int, help="test on so many images (all)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of a repeat (0.5)")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats that count (5)")
+    parser.add_argument("--json", help="write the numbers to this file, a table (.md) and a plot (.png) beside it")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    arguments = parser.parse_args(argv)
+    if arguments.repeats < 1 or not arguments.seconds > 0:
+        raise ValueError("--repeats must be at least 1, --seconds above 0")
+    return arguments
+
+
+def main(argv):
+    """Export, test, time, compare, print, write."""
+    arguments = parse(argv)
+    given = dict(named(each) for each in arguments.checkpoints)
+    datasets = {load_network(path)[1]["dataset"] for path in given.values()}
+    if len(datasets) > 1 or len(given) < len(arguments.checkpoints):
+        raise ValueError(f"networks of {', '.join(sorted(datasets))}, called {', '.join(given)}: "
+                         "they must be of one data set and have a name each (NAME=PATH)")
+    arguments.dataset = datasets.pop()
+    data, rows = cifar10.load(arguments.dataset, arguments.data), []
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense.pt"
+        write_dense(dense, arguments.dataset)
+        for name, source in {DENSE: dense, **given}.items():
+            rows += measure(name, source, folder, data, arguments)
+        compare(rows, os.path.getsize(dense))
+    print("\n" + markdown_of(rows))
+    if arguments.json:
+        target, device = Path(arguments.json), commandline.device_name(torch.device("cpu"))
+        content = {"device": device, "torch": torch.__version__, "repeats": arguments.repeats,
+                   "checkpoints": {name: str(path) for name, path in given.items()}, "rows": rows}
+        checkpoint.write(target.with_suffix(".md"), markdown_of(rows).encode())
+        draw(target.with_suffix(".png"), rows)
+        checkpoint.write(target, (json.dumps(content, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    commandline.command(main)
