@@ -5,9 +5,13 @@ import torch
 from safetensors.torch import load_file as safetensors_file
 from safetensors.torch import save_file
 
+import binaryconnect
 import checkpoint
+import cifar10
 import experiment
 import export
+import onnx_files
+import shrinking
 import test as half_test
 from train import load_network
 
@@ -94,3 +98,57 @@ def test_another_ending_is_refused(trained, tmp_path):
     with pytest.raises(ValueError, match=r"small.zip: it must end in one of .pt.gz, .safetensors, .int8.onnx, .onnx"):
         export.main(["--checkpoint", str(trained / "model.pt"), "--out", str(tmp_path / "small.zip")])
     assert not (tmp_path / "small.zip").exists()
+
+
+def shrunk(name, branches, **arguments):
+    """A network that random channels have left: inner ones, or those of the residual branches (selective addition)."""
+    model = experiment.build(name, num_classes=10, **arguments)
+    for space in model.channels():
+        if bool(space.get("branch")) == branches and not space["name"].startswith("stream"):
+            rows, columns = shrinking.partitions(model, space)
+            weak = torch.rand(len(rows)) < 0.5
+            shrinking.remove(model, space, shrinking.balanced(weak, torch.rand(len(rows)), rows, columns))
+    return model
+
+
+def binary():
+    model = experiment.build("resnet20", num_classes=10, in_channels=3, shortcut="A")
+    with torch.no_grad():
+        for name, weight in binaryconnect.binary_weights(model).items():
+            weight.copy_(binaryconnect.binarize(weight, binaryconnect.scale_of(weight, "glorot"),
+                                                mask=torch.rand_like(weight) < 0.7 if "layer3" in name else None))
+    return model
+
+
+GROUPED = {"name": "resnet18", "in_channels": 3, "groups": 8, "shuffle": True}
+RESNET20 = {"name": "resnet20", "in_channels": 3, "shortcut": "A"}
+NETWORKS = {       # how it is made, and its architecture
+    "grouped, shrunk": (lambda: shrunk(**GROUPED, branches=False), GROUPED),
+    "grouped, selective addition": (lambda: shrunk(**GROUPED, branches=True), GROUPED),
+    "selective addition": (lambda: shrunk(**RESNET20, branches=True), RESNET20),
+    "depthwise, shrunk": (lambda: shrunk("mobilenet", False, in_channels=3), {"name": "mobilenet", "in_channels": 3}),
+    "plain, shrunk": (lambda: shrunk("lenet5", False, in_channels=3), {"name": "lenet5", "in_channels": 3}),
+    "binary": (binary, RESNET20),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_kind_of_network_comes_back_from_every_export(kind, tmp_path):
+    torch.manual_seed(0)
+    make, architecture = NETWORKS[kind]
+    model = make()
+    model.train()(torch.randn(16, 3, 32, 32))            # statistics that are not those of the start
+    architecture = {**architecture, "num_classes": 10}
+    checkpoint.save(tmp_path / "model.pt", {**checkpoint.network_of(model, architecture), "dataset": "digits"})
+    data = cifar10.load("digits", str(tmp_path))
+    images = next(iter(cifar10.Batches(data.x_test, data.y_test, 64, cifar10.KINDS["digits"])))[0]
+    with torch.no_grad():
+        expected = load_network(tmp_path / "model.pt")[0](images)
+        spread = expected.std(0).mean()
+        for ending, tolerance in ((".safetensors", 0), (".onnx", 1e-3), (".pt.gz", 2e-2), (".int8.onnx", 0.5)):
+            target = tmp_path / f"out{ending}"
+            written, _ = export.export(*load_network(tmp_path / "model.pt"), target, data)
+            forward = onnx_files.open_onnx(target) if ending.endswith("onnx") else load_network(target)[0]
+            assert torch.equal(forward(images), written(images)), ending
+            worst = ((forward(images) - expected).abs().mean() / spread).item()
+            assert worst <= tolerance + 1e-5, f"{ending}: {worst:.3g} of the logits' spread"
