@@ -181,7 +181,8 @@ def time_inference(network, way, batch, device_, repeats, seconds):
         return row | {"not_run": str(problem).strip().splitlines()[0]}
     with torch.inference_mode():
         calls, taken = compiling.time_repeats(forward, images, repeats, seconds, device)
-    return row | {"calls": calls, "milliseconds": compiling.spread([1000 * each for each in taken]),
+    return row | {"calls": calls, "repeats": len(taken),
+                  "milliseconds": compiling.spread([1000 * each for each in taken]),
                   "images_per_second": compiling.spread([batch / each for each in taken])}
 
 

@@ -105,11 +105,18 @@ def time_steps(model, forward, shape, autocast, device):
 # ---- the time of anything that is called again and again
 
 def time_repeats(forward, images, repeats, seconds, device):
-    """(calls in a repeat, the seconds that a call takes in each of so many repeats of about `seconds`), warmed up."""
+    """(calls in a repeat, the seconds that a call takes in each of so many repeats of about `seconds`), warmed up.
+
+    A call that takes more than four times `seconds` is repeated twice and no more.
+    """
     forward(images)
-    calls = max(1, int(seconds / time_calls(forward, images, 1, device)))
-    times = [time_calls(forward, images, calls, device) / calls for _ in range(repeats + 1)]
-    return calls, times[1:]               # the first one warms up
+    first = time_calls(forward, images, 1, device)
+    calls = max(1, int(seconds / first))
+    if first > 4 * seconds:
+        repeats = min(repeats, 2)
+    else:
+        time_calls(forward, images, calls, device)       # warms up
+    return calls, [time_calls(forward, images, calls, device) / calls for _ in range(repeats)]
 
 
 def time_calls(forward, images, calls, device):

@@ -124,7 +124,8 @@ def row_of(arm, seed, folder, data):
     """The row of runs.csv of one finished run."""
     import pandas as pd
     config, history = json.loads((folder / "config.json").read_text()), pd.read_csv(folder / "history.csv")
-    settings, last, speed = config["settings"], history.iloc[-1], history["images_per_second"]
+    settings, speed = config["settings"], history["images_per_second"]
+    last = row_of_result(history, folder / "model.pt")
     return {"group": arm["group"], "arm": arm["name"], "against": arm["against"], "seed": seed, "run": arm["run"],
             **{f"factor_{name}": value for name, value in arm.get("factors", {}).items()},
             "epochs": "+".join(map(str, history.groupby("round").size())),
@@ -137,6 +138,14 @@ def row_of(arm, seed, folder, data):
             "epochs_faster": speed.tail(3).median() / speed.iloc[min(1, len(speed) - 1):4].median(),
             "device": config["device"],
             "torch": config["versions"]["torch"], "started": config["started"]}
+
+
+def row_of_result(history, path):
+    """The row of the network that a run kept: the last one of its size, since a cycle ends with one that it refuses."""
+    if "parameters" not in history:
+        return history.iloc[-1]
+    kept = sum(parameter.numel() for parameter in experiment.load_network(path)[0].parameters())
+    return history[history["parameters"] == kept].iloc[-1]
 
 
 def parameters_of(architecture):

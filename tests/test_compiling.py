@@ -69,6 +69,9 @@ def test_calls_are_warmed_up_counted_and_timed():
     calls, taken = compiling.time_repeats(lambda images: called.append(time.sleep(0.002)), None, 3, 0.01, CPU)
     assert 1 <= calls <= 5 and len(taken) == 3 and len(called) == 2 + 4 * calls
     assert all(0.002 <= seconds < 0.2 for seconds in taken)
+    slow = []
+    calls, taken = compiling.time_repeats(lambda images: slow.append(time.sleep(0.03)), None, 5, 0.005, CPU)
+    assert calls == 1 and len(taken) == 2 and len(slow) == 4
 
 
 def test_spread_is_median_least_and_greatest():

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
+import checkpoint
 import experiment
 import export
 import profil
+import shrinking
 import study
 import test as half_test
 import train
@@ -126,13 +129,20 @@ def test_epochs_get_faster_where_channels_leave(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "measure_arm", lambda folder, data: {})
     folder = tmp_path / "run"
     folder.mkdir()
+    architecture = {"name": "lenet5", "num_classes": 10, "in_channels": 1, "size": 28, "activation": "relu",
+                    "pooling": "max"}
     (folder / "config.json").write_text(json.dumps({"settings": {"limit": None}, "device": "cpu", "started": "now",
-                                                    "versions": {"torch": "2"}, "architecture": {"name": "lenet5"}}))
+                                                    "versions": {"torch": "2"}, "architecture": architecture}))
+    model = experiment.build(**architecture)
+    space = model.channels()[-1]
+    shrinking.remove(model, space, torch.arange(40))         # of 84: 44 x 121 weights and biases, 44 x 10 leave
+    checkpoint.save(folder / "model.pt", checkpoint.network_of(model, architecture))
     pd.DataFrame({"round": 1, "seconds": 30.0, "images_per_second": [5, 100, 110, 90, 100, 300, 320, 310],
-                  "validation_accuracy": 1.0, "validation_loss": 1.0, "train_accuracy": 1.0}
-                 ).to_csv(folder / "history.csv")
+                  "validation_accuracy": [1.0, 2, 3, 4, 5, 6, 7, 8], "validation_loss": 1.0, "train_accuracy": 1.0,
+                  "parameters": [61_706] * 4 + [55_942] * 3 + [50_000]}).to_csv(folder / "history.csv")
     found = study.row_of({"group": "g", "name": "a", "against": "a", "run": "train.py"}, 0, folder, "data")
-    assert found["epochs_faster"] == 3.1 and found["minutes"] == 4 and found["parameters_at_first"] == 62_006
+    assert found["epochs_faster"] == 3.1 and found["minutes"] == 4 and found["parameters_at_first"] == 61_706
+    assert found["validation_accuracy"] == 7                 # the last row is of a network that was refused
 
 
 def factor_study(folder):
