@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import checkpoint
 import commandline
 import compiling
+import parallel
 import pruning
 from experiment import autocast, begin_round, finish, load_network, newest, resumable, save, start  # noqa: F401
 from set_cutmix_train import cutmix
@@ -93,7 +94,7 @@ def fit(run):
     images = len(run.train) * run.settings["batch_size"]
     try:
         with tqdm(total=epochs * images, initial=run.epoch * images, unit="image", unit_scale=True,
-                  desc=f"round {run.round + 1}", disable=not sys.stderr.isatty()) as bar:
+                  desc=f"round {run.round + 1}", disable=not (sys.stderr.isatty() and parallel.leads())) as bar:
             while run.epoch < epochs:
                 row = run_epoch(run, bar)
                 if bar.disable:
@@ -119,10 +120,11 @@ def run_epoch(run, bar):
             print(f"removed: {left}", flush=True)
     if run.settings["recalibrate"] and run.epoch + 1 == run.settings["epochs"][run.round]:
         recalibrate(run, networks_of(run)[-1])
-    validation_loss, validation_accuracy = measure(run)
+    validation_loss, validation_accuracy = parallel.agreed(measure(run))
     if run.settings["schedule"] == "plateau":
         run.schedule.step(validation_loss)
     refuse_nonfinite_state(run, validation_loss)
+    parallel.refuse_drift(networks_of(run))
     row = {"round": run.round + 1, "epoch": len(run.history) + 1, "lr": round(rate, 6),
            "train_loss": round(loss, 4), "train_accuracy": round(accuracy, 2),
            "validation_loss": round(validation_loss, 4), "validation_accuracy": round(validation_accuracy, 2),
@@ -168,9 +170,10 @@ def train_step(run, images, labels, step):
     if settings["mixing"] != "none":
         images, targets = MIXINGS[settings["mixing"]](images, targets, run.generator, settings["mix_alpha"],
                                                       settings["mix_probability"], settings["mix_per_sample"])
+    images, targets = parallel.own_part(images, targets)
     run.optimizer.zero_grad(set_to_none=True)
     with step_weights(run.model, settings["weights"], settings["binary_scale"], run.generator, run.masks):
-        with autocast(run.device):
+        with autocast(run.device), parallel.whole_batch():
             logits = run.forward(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["label_smoothing"])
         if run.teacher is not None:
@@ -179,6 +182,8 @@ def train_step(run, images, labels, step):
         if run.search is not None:
             loss = loss + search_penalty(settings, run.model, run.search)
         loss.backward()
+    correct = (logits.argmax(1) == targets.argmax(1)).sum().float()
+    loss, correct = parallel.average_gradients(run.model, loss.detach(), correct)
     pruning.mask_gradients(run.model, run.masks)
     refuse_nonfinite(run, loss, step)
     run.optimizer.step()
@@ -188,7 +193,7 @@ def train_step(run, images, labels, step):
         run.schedule.step()
     if run.average is not None:
         update_average(run.average, run.model, settings["ema_decay"], run.epoch * len(run.train) + step)
-    return loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum().float()
+    return loss, correct
 
 
 def networks_of(run):
@@ -296,4 +301,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    commandline.command(main)
+    commandline.command(parallel.together(main))
