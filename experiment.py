@@ -52,7 +52,9 @@ class Run:
     round: int = 0
     epoch: int = 0
     average: torch.nn.Module = None
+    averaged: tuple = None        # the tensors of average and model in pairs, see `average_pairs`
     optimizer: torch.optim.Optimizer = None
+    finite_steps: torch.Tensor = None     # on CUDA: the steps of this epoch before the first that was not finite
     schedule: object = None
     forward: object = None        # the model, or the model compiled
     teacher: torch.nn.Module = None
@@ -264,6 +266,21 @@ def begin_round(run):
     run.search = start_search(settings, run.round, run.model, (channels, height, width))
     after_step(run.model, settings["weights"], settings["binary_scale"])      # binary training starts within [-H, H]
     run.average = copy.deepcopy(run.model).eval() if settings["averaging"] == "ema" else None
+    pair_average(run)
+    run.finite_steps = torch.zeros((), dtype=torch.int64, device=run.device) if run.device.type == "cuda" else None
+
+
+def pair_average(run):
+    """Look up the tensors that `train.update_average` works on; again after shrinking, which puts others in place."""
+    run.averaged = average_pairs(run.average, run.model) if run.average is not None else None
+
+
+def average_pairs(average, model):
+    """(averages, weights, counts, new counts): four lists of the tensors of two equal networks, floats and integers."""
+    old, new = average.state_dict().values(), model.state_dict().values()
+    pairs = list(zip(old, new, strict=True))
+    floats, integers = ([pair for pair in pairs if pair[0].is_floating_point() == wanted] for wanted in (True, False))
+    return tuple([pair[side] for pair in kind] for kind in (floats, integers) for side in (0, 1))
 
 
 def one_cycle(progress, peak=0.25):
