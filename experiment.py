@@ -27,6 +27,7 @@ import commandline
 import compiling
 import filter_pruning
 import models
+import parallel
 import pruning
 import resnet_factorized
 from set_pruning_train import start_search
@@ -51,7 +52,9 @@ class Run:
     round: int = 0
     epoch: int = 0
     average: torch.nn.Module = None
+    averaged: tuple = None        # the tensors of average and model in pairs, see `average_pairs`
     optimizer: torch.optim.Optimizer = None
+    finite_steps: torch.Tensor = None     # on CUDA: the steps of this epoch before the first that was not finite
     schedule: object = None
     forward: object = None        # the model, or the model compiled
     teacher: torch.nn.Module = None
@@ -71,7 +74,7 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
     more_flags(parser)
     given, state = vars(parser.parse_args(argv)), None
     if given.get("resume"):
-        given["out"] = str(given.get("out") or newest("last.pt").parent)
+        given["out"] = parallel.agreed(str(given.get("out") or newest("last.pt").parent))
         state = checkpoint.read(Path(given["out"]) / "last.pt")
         if not {"settings", "optimizer", "schedule", "random"} <= state.keys():
             raise ValueError(f"{given['out']}/last.pt holds a network alone, not the state of a run: "
@@ -87,6 +90,7 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
         settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
         join_rounds(settings, "sparsity" in given)
     commandline.check_settings(settings)
+    parallel.refuse(settings, commandline.SHRINKING)
     run = prepare(settings, state)
     with resumable(run):
         announce(run)
@@ -114,15 +118,17 @@ def newest(name, folder="runs"):
 
 def prepare(settings, state):
     """A `Run` with its data loaded and its network built; folder and data are checked before any training."""
-    out = Path(settings["out"] or f"runs/{settings['dataset']}-{settings['model']}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if state is None and out.is_dir() and any(out.iterdir()):
+    name = f"runs/{settings['dataset']}-{settings['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(parallel.agreed(settings["out"] or name))
+    if state is None and parallel.leads() and out.is_dir() and any(out.iterdir()):
         way = "--resume continues it" if (out / "last.pt").exists() else "it has no checkpoint yet: delete it"
         raise ValueError(f"{out} holds another run; {way}, another --out starts a new one")
     settings["out"] = str(out)
     architecture, kind = architecture_of(settings), cifar10.KINDS[settings["dataset"]]
-    device = commandline.pick_device(settings["device"])
-    data = cifar10.load(settings["dataset"], settings["data"])
-    if not settings["dry_run"]:
+    device = parallel.own_device(commandline.pick_device(settings["device"]), settings["device"])
+    with parallel.leader_first():
+        data = cifar10.load(settings["dataset"], settings["data"])
+    if parallel.leads() and not settings["dry_run"]:
         cifar10.check_folder(out)
         checkpoint.remove_partial(out)
     torch.manual_seed(settings["seed"])
@@ -214,8 +220,11 @@ def announce(run):
     images = len(run.train) * settings["batch_size"]
     done, whole = len(run.history), sum(settings["epochs"])
     # by the whole run, also on resuming: compiled and eager steps differ in their last bits
-    run.forward, speed, note = compiling.choose_forward(run.model, settings["compile"], whole * images, shape,
-                                                        autocast(run.device), run.device)
+    alone = parallel.ranks() == 1
+    run.forward, speed, note = compiling.choose_forward(run.model, settings["compile"] if alone else "off",
+                                                        whole * images, shape, autocast(run.device), run.device)
+    if not alone:
+        speed, note = speed * parallel.ranks(), f"eager, {parallel.ranks()} processes"
     seconds = (whole - done) * (images + 0.3 * len(run.validation) * 500) / speed
     groups = f", groups {run.architecture['groups']}" if "groups" in run.architecture else ""
     print(f"{settings['model']}{groups}, on {settings['dataset']}: {images:,} images an epoch, "
@@ -225,7 +234,7 @@ def announce(run):
           flush=True)
     if settings["dry_run"]:
         print(json.dumps(settings, indent=1))
-    else:
+    elif parallel.leads():
         write_config(run)
 
 
@@ -233,7 +242,8 @@ def write_config(run):
     """config.json: the resolved settings, the sources, the versions, the device."""
     here = Path(__file__).resolve().parent
     config = {"settings": run.settings, "architecture": run.architecture,
-              "device": commandline.device_name(run.device), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+              "device": commandline.device_name(run.device), "processes": parallel.ranks(),
+              "started": time.strftime("%Y-%m-%d %H:%M:%S"),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "source": {path.name: path.read_text() for path in sorted(here.glob("*.py"))}}
     if (run.out / "config.json").exists():
@@ -256,6 +266,21 @@ def begin_round(run):
     run.search = start_search(settings, run.round, run.model, (channels, height, width))
     after_step(run.model, settings["weights"], settings["binary_scale"])      # binary training starts within [-H, H]
     run.average = copy.deepcopy(run.model).eval() if settings["averaging"] == "ema" else None
+    pair_average(run)
+    run.finite_steps = torch.zeros((), dtype=torch.int64, device=run.device) if run.device.type == "cuda" else None
+
+
+def pair_average(run):
+    """Look up the tensors that `train.update_average` works on; again after shrinking, which puts others in place."""
+    run.averaged = average_pairs(run.average, run.model) if run.average is not None else None
+
+
+def average_pairs(average, model):
+    """(averages, weights, counts, new counts): four lists of the tensors of two equal networks, floats and integers."""
+    old, new = average.state_dict().values(), model.state_dict().values()
+    pairs = list(zip(old, new, strict=True))
+    floats, integers = ([pair for pair in pairs if pair[0].is_floating_point() == wanted] for wanted in (True, False))
+    return tuple([pair[side] for pair in kind] for kind in (floats, integers) for side in (0, 1))
 
 
 def one_cycle(progress, peak=0.25):
@@ -312,7 +337,9 @@ def force_settings(run, before):
 
 
 def save(run):
-    """history.csv, then last.pt with the one before it kept as previous.pt."""
+    """history.csv, then last.pt with the one before it kept as previous.pt; of several processes one writes."""
+    if not parallel.leads():
+        return
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, dict.fromkeys(name for row in run.history for name in row))
     writer.writeheader()
@@ -323,6 +350,8 @@ def save(run):
 
 def finish(run):
     """Write the result, runs/<name>/model.pt: the weights with their architecture."""
+    if not parallel.leads():
+        return
     with evaluation_weights(run.model, run.settings["weights"], run.settings["binary_scale"], run.masks):
         network = checkpoint.network_of(run.model, run.architecture)
     for path in (run.out / "model.pt", run.settings["cycle_settings"].get("output_model_path")):

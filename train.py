@@ -15,8 +15,19 @@ import torch.nn.functional as F
 import checkpoint
 import commandline
 import compiling
+import parallel
 import pruning
-from experiment import autocast, begin_round, finish, load_network, newest, resumable, save, start  # noqa: F401
+from experiment import (  # noqa: F401
+    autocast,
+    begin_round,
+    finish,
+    load_network,
+    newest,
+    pair_average,
+    resumable,
+    save,
+    start,
+)
 from set_cutmix_train import cutmix
 from set_distillation_train import distilled, teach
 from set_mixup_train import mixup
@@ -74,6 +85,7 @@ RECIPES = {"published": {    # the run that this project started from; measure()
     "batch_size": 32, "lr": 0.01, "momentum": 0.5, "nesterov": False, "weight_decay": 1e-5,
     "label_smoothing": 0.0, "weights": "float", "compile": "off",
 }}
+READ_EVERY = 50      # steps on CUDA, from one look at whether all were finite to the next
 MIXINGS = {"cutmix": cutmix, "mixup": mixup}
 SHIPPED = Path(__file__).resolve().parent / "pretrained" / "resnet18_groups8_cifar10.pt.gz"
 
@@ -93,7 +105,7 @@ def fit(run):
     images = len(run.train) * run.settings["batch_size"]
     try:
         with tqdm(total=epochs * images, initial=run.epoch * images, unit="image", unit_scale=True,
-                  desc=f"round {run.round + 1}", disable=not sys.stderr.isatty()) as bar:
+                  desc=f"round {run.round + 1}", disable=not (sys.stderr.isatty() and parallel.leads())) as bar:
             while run.epoch < epochs:
                 row = run_epoch(run, bar)
                 if bar.disable:
@@ -115,14 +127,16 @@ def run_epoch(run, bar):
     if run.settings["pruning"] == "filters":
         left = reduce_filters(run.settings, run.epoch + 1, run.model, run.average, run.optimizer, run.masks)
         if left:
+            pair_average(run)
             run.forward = compiling.again(run.model, run.forward)
             print(f"removed: {left}", flush=True)
     if run.settings["recalibrate"] and run.epoch + 1 == run.settings["epochs"][run.round]:
         recalibrate(run, networks_of(run)[-1])
-    validation_loss, validation_accuracy = measure(run)
+    validation_loss, validation_accuracy = parallel.agreed(measure(run))
     if run.settings["schedule"] == "plateau":
         run.schedule.step(validation_loss)
     refuse_nonfinite_state(run, validation_loss)
+    parallel.refuse_drift(networks_of(run))
     row = {"round": run.round + 1, "epoch": len(run.history) + 1, "lr": round(rate, 6),
            "train_loss": round(loss, 4), "train_accuracy": round(accuracy, 2),
            "validation_loss": round(validation_loss, 4), "validation_accuracy": round(validation_accuracy, 2),
@@ -141,11 +155,17 @@ def train_epoch(run, bar):
     """All training batches once. Returns mean loss and accuracy in % under augmentation and mixing."""
     run.model.train()
     totals, seen = torch.zeros(2, device=run.device), 0
+    ranks_each_step = run.settings["pruning"] in commandline.GRADUAL or run.settings["weights"] != "float"
+    read_every = 1 if ranks_each_step else READ_EVERY      # what ranks or binarizes weights must find them finite
+    if run.finite_steps is not None:
+        run.finite_steps.zero_()
     for step, (images, labels) in enumerate(run.train):
         images, labels = images.to(run.device), labels.to(run.device)
         if run.device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
         loss, correct = train_step(run, images, labels, step)
+        if run.finite_steps is not None and ((step + 1) % read_every == 0 or step + 1 == len(run.train)):
+            refuse_counted(run, step)
         if run.settings["pruning"] in commandline.GRADUAL:
             steps = run.settings["epochs"][run.round] * len(run.train)
             run.masks = prune_on_schedule(run.settings, run.epoch * len(run.train) + step, steps, run.model,
@@ -168,9 +188,10 @@ def train_step(run, images, labels, step):
     if settings["mixing"] != "none":
         images, targets = MIXINGS[settings["mixing"]](images, targets, run.generator, settings["mix_alpha"],
                                                       settings["mix_probability"], settings["mix_per_sample"])
+    images, targets = parallel.own_part(images, targets)
     run.optimizer.zero_grad(set_to_none=True)
     with step_weights(run.model, settings["weights"], settings["binary_scale"], run.generator, run.masks):
-        with autocast(run.device):
+        with autocast(run.device), parallel.whole_batch():
             logits = run.forward(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["label_smoothing"])
         if run.teacher is not None:
@@ -179,16 +200,18 @@ def train_step(run, images, labels, step):
         if run.search is not None:
             loss = loss + search_penalty(settings, run.model, run.search)
         loss.backward()
+    correct = (logits.argmax(1) == targets.argmax(1)).sum().float()
+    loss, correct = parallel.average_gradients(run.model, loss.detach(), correct)
     pruning.mask_gradients(run.model, run.masks)
-    refuse_nonfinite(run, loss, step)
+    (refuse_nonfinite if run.finite_steps is None else count_finite)(run, loss, step)
     run.optimizer.step()
     after_step(run.model, settings["weights"], settings["binary_scale"])
     pruning.apply_masks(run.model, run.masks)
     if settings["schedule"] != "plateau":
         run.schedule.step()
     if run.average is not None:
-        update_average(run.average, run.model, settings["ema_decay"], run.epoch * len(run.train) + step)
-    return loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum().float()
+        update_average(run.averaged, settings["ema_decay"], run.epoch * len(run.train) + step)
+    return loss, correct
 
 
 def networks_of(run):
@@ -196,11 +219,35 @@ def networks_of(run):
     return [run.model] if run.average is None else [run.model, run.average]
 
 
+def is_finite(run, loss):
+    """Whether the loss and all gradients are finite: a bool tensor on the device."""
+    gradients = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
+    return torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients))
+
+
 def refuse_nonfinite(run, loss, step):
     """RuntimeError before the update where the loss or a gradient is NaN or infinite."""
-    gradients = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
-    if not torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients)):
+    if not is_finite(run, loss):
         raise RuntimeError(diverged(run, f"loss {loss.item():.3g} or its gradient is not finite", f"step {step + 1}"))
+
+
+def count_finite(run, loss, step):
+    """The same on CUDA, without waiting for it: count the steps of the epoch up to the first that is not finite.
+
+    The host goes on, and weights in memory are lost with that step; `refuse_counted` ends the run before a save.
+    """
+    run.finite_steps += is_finite(run, loss) & (run.finite_steps == step)
+
+
+def refuse_counted(run, step):
+    """RuntimeError, after `step`, that names the first step of the epoch which was not finite; waits for the device."""
+    finite = int(run.finite_steps)
+    if finite > step:
+        return
+    if hasattr(run.schedule, "lr_lambdas"):      # the schedule has gone on since; the message names that step's rate
+        share = run.schedule.lr_lambdas[0](run.schedule.last_epoch - (step + 1 - finite))
+        run.optimizer.param_groups[0]["lr"] = run.schedule.base_lrs[0] * share
+    raise RuntimeError(diverged(run, "the loss or its gradient is not finite", f"step {finite + 1}"))
 
 
 def refuse_nonfinite_state(run, validation_loss):
@@ -220,14 +267,15 @@ def diverged(run, what, step):
 
 
 @torch.no_grad()
-def update_average(average, model, decay, step):
-    """average <- d average + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)); integers are copied."""
-    old, new = average.state_dict().values(), model.state_dict().values()
-    floats = [(a, b) for a, b in zip(old, new, strict=True) if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - min(decay, (1 + step) / (10 + step)))
-    for a, b in zip(old, new, strict=True):
-        if not a.is_floating_point():
-            a.copy_(b)
+def update_average(pairs, decay, step):
+    """average <- d average + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)); integers are copied.
+
+    pairs: of `experiment.average_pairs`.
+    """
+    averages, weights, counts, new_counts = pairs
+    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)))
+    if counts:
+        torch._foreach_copy_(counts, new_counts)
 
 
 def measure(run):
@@ -296,4 +344,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    commandline.command(main)
+    commandline.command(parallel.together(main))

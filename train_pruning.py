@@ -12,6 +12,7 @@ import commandline
 import compiling
 import filter_pruning
 import morphnet
+import parallel
 import pruning
 from experiment import finish, resumable, start
 from set_pruning_train import hint_of
@@ -176,4 +177,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    commandline.command(main)
+    commandline.command(parallel.together(main))

@@ -16,7 +16,7 @@ ROWS = [
     {"pruning", "filter_pruning", "morphnet", "binaryconnect", "quantization"},
     {"models", "onnx_files"},
     {"resnet_factorized", "cifar10", "checkpoint", "commandline", "compiling", "draws",
-     "shrinking"},
+     "parallel", "shrinking"},
 ]
 FILES = sorted(ROOT.glob("*.py"))
 LIGHT = [path for path in FILES if path.stem != "report"]      # report.py is tables and plots, and nothing imports it

@@ -349,6 +349,61 @@ def test_loss_that_is_not_finite_stops_before_the_update(value, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def counting_run(tmp_path, batches, **settings):
+    """A run that trains as on CUDA: whether all was finite is counted on the device, and looked at now and then."""
+    run = start_run(tmp_path, linear_model(), batches, **settings)
+    run.finite_steps = torch.zeros((), dtype=torch.int64)
+    return run
+
+
+BAR = SimpleNamespace(update=lambda count: None, disable=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("bad", "schedule"), [(0, "one-cycle"), (3, "one-cycle"), (9, "one-cycle"), (3, "plateau")])
+def test_a_late_look_names_the_first_step_that_was_not_finite(value, bad, schedule, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "READ_EVERY", 4)
+    batches = random_batches(10)
+    run = counting_run(tmp_path, batches, averaging="ema", lr=0.2, epochs=[2], schedule=schedule)
+    train.train_epoch(run, BAR)
+    run.epoch, run.history = 1, [{}]
+    batches[bad][0][3, 0, 0, 0] = value
+    rate = 0.2 * (experiment.one_cycle((10 + bad) / 20) if schedule == "one-cycle" else 1)
+    with pytest.raises(RuntimeError, match=f"not finite: epoch 2, step {bad + 1}, learning rate {rate:.4g}; last good"):
+        train.train_epoch(run, BAR)
+    assert not list(tmp_path.iterdir())
+
+
+def test_counting_trains_the_same_bits_and_looks_every_so_often(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "READ_EVERY", 4)
+    looks, real = [], train.refuse_counted
+    monkeypatch.setattr(train, "refuse_counted", lambda run, step: (looks.append(step), real(run, step)))
+    batches, weights = random_batches(10), []
+    for run in (counting_run(tmp_path, batches), start_run(tmp_path, linear_model(), batches)):
+        train.train_epoch(run, BAR)
+        weights.append(run.model[1].weight.detach())
+    assert torch.equal(*weights) and looks == [3, 7, 9]
+
+
+@pytest.mark.parametrize("settings", [{"weights": "binary", "binary_scale": "one"},
+                                      {"pruning": "polynomial", "sparsity": [0.5], "prune_frequency": 1}])
+def test_what_ranks_or_binarizes_weights_finds_them_finite(settings, tmp_path):
+    batches = random_batches(4)
+    batches[1][0][0, 0, 0, 0] = math.nan
+    with pytest.raises(RuntimeError, match="not finite: epoch 1, step 2"):
+        train.train_epoch(counting_run(tmp_path, batches, **settings), BAR)
+
+
+def test_a_fault_on_the_device_is_seen_before_an_epoch_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "save", lambda run: pytest.fail("it saves"))
+    batches = random_batches(3)
+    batches[-1][0][0, 0, 0, 0] = math.nan
+    run = counting_run(tmp_path, batches, averaging="ema")
+    monkeypatch.setattr(train, "begin_round", lambda run: None)
+    with pytest.raises(RuntimeError, match="epoch 1, step 3"):
+        train.fit(run)
+
+
 def test_epoch_reports_means_over_its_images(tmp_path):
     batches, model = random_batches(3), linear_model()
     run = start_run(tmp_path, model, batches, lr=1e-12, label_smoothing=0.0)
@@ -380,7 +435,7 @@ def test_average_equals_that_of_torch():
     theirs.update_parameters(model)
     for step in range(1000, 1006):
         wiggle(model, generator)
-        train.update_average(ours, model, 0.9, step)
+        train.update_average(experiment.average_pairs(ours, model), 0.9, step)
         theirs.update_parameters(model)
     for name, tensor in ours.state_dict().items():
         if tensor.is_floating_point():
@@ -394,9 +449,31 @@ def test_average_forgets_its_first_steps_sooner(step, decay):
     model, average = nn.Linear(1, 1), nn.Linear(1, 1)
     nn.init.constant_(model.weight, 3.0)
     nn.init.constant_(average.weight, 1.0)
-    train.update_average(average, model, 0.998, step)
+    train.update_average(experiment.average_pairs(average, model), 0.998, step)
     assert average.weight.item() == pytest.approx(decay * 1 + (1 - decay) * 3, rel=1e-6)
     assert model.weight.item() == 3.0
+
+
+def test_average_follows_a_network_that_shrinks(tmp_path, monkeypatch):
+    """The tensors to average are looked up once a round, and again once filters have left."""
+    monkeypatch.setattr(train, "save", lambda run: None)
+    settings = {**train.DEFAULTS, "epochs": [2], "mixing": "none", "weights": "float", "schedule": "cosine",
+                "averaging": "ema", "pruning": "filters", "filter_interval": 1, "filter_threshold": 0.9}
+    batches = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,))) for _ in range(2)]
+    architecture = {"name": "lenet5", "num_classes": 10, "in_channels": 3, "size": 32}
+    model = experiment.build(**architecture)
+    run = experiment.Run(settings, tmp_path, CPU, architecture, model, torch.Generator(), batches, batches,
+                         forward=model)
+    experiment.begin_round(run)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    train.run_epoch(run, BAR)
+    assert sum(parameter.numel() for parameter in model.parameters()) < before
+    held = [tensor.data_ptr() for tensors in run.averaged for tensor in tensors]
+    for network in (run.average, run.model):
+        assert {tensor.data_ptr() for tensor in network.state_dict().values()} <= set(held)
+    old = run.average.state_dict()["linear1.weight"].clone()
+    train.train_epoch(run, BAR)
+    assert not torch.equal(run.average.state_dict()["linear1.weight"], old)
 
 
 def test_average_is_what_the_round_ends_with(tmp_path, monkeypatch):

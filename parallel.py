@@ -1,0 +1,223 @@
+"""Several processes that train one network, each on its part of every batch.
+
+    torchrun --nproc-per-node 2 train_pruning.py --batch-size 128        # the global batch: 64 images in each process
+    commandline.command(together(main))                                  # the last line of a script
+
+Every rank holds the same network and the same generator, so that all draw, augment
+and mix the same whole batch. Each then trains on its slice; batch norm takes the
+statistics of the whole batch, and gradients are averaged. All ranks thus make the
+update that one process makes, within rounding, and none depends on its number:
+a checkpoint goes on with any number of processes. Rank 0 alone prints and writes.
+Without torchrun nothing here does anything.
+"""
+import os
+import signal
+import sys
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+
+def ranks():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def leads():
+    """Whether this process is the one that prints and writes."""
+    return ranks() == 1 or dist.get_rank() == 0
+
+
+# ---- from start to end
+
+def together(main):
+    """`main(argv)` as each process of torchrun calls it: joined, silent but for rank 0, with one error line in all.
+
+    gloo on a CPU, nccl between GPUs. Without torchrun, or with one process, it is `main` itself.
+    """
+    if not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ["WORLD_SIZE"] == "1":
+        return main
+
+    def joined(argv):
+        store, rank, count = next(dist.rendezvous("env://"))      # torchrun's, so that it outlives any rank
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
+                                world_size=count)
+        try:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank else nullcontext():
+                main(argv)
+            wait()
+        except (Exception, KeyboardInterrupt) as problem:
+            if not first_to_fail(store, rank, problem):
+                sys.exit(1)
+            raise
+        dist.destroy_process_group()
+    return joined
+
+
+def first_to_fail(store, rank, problem):
+    """Whether this rank tells the error; in the others it, or what follows from it, stays untold.
+
+    Ctrl-C is for rank 0 to tell, once what it saves is on disk.
+    """
+    if rank and isinstance(problem, KeyboardInterrupt):
+        with suppress(RuntimeError):                     # five seconds without it: rank 0 hangs or is gone
+            store.wait(["failed"], timedelta(seconds=5))
+    if store.add("failed", 1) > 1:
+        return False
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)        # torchrun ends all as soon as one has ended
+    return True
+
+
+def refuse(settings, shrinking):
+    """ValueError for settings that several processes cannot train with; shrinking: prunings that remove channels."""
+    if ranks() == 1:
+        return
+    if settings["batch_size"] % ranks():
+        raise ValueError(f"--batch-size {settings['batch_size']} is no multiple of {ranks()} processes, "
+                         "which share each batch evenly")
+    if settings["pruning"] in shrinking:
+        raise ValueError(f"--pruning {settings['pruning']} shrinks the network, which takes one process: "
+                         "run it without torchrun")
+    if settings["compile"] == "on":
+        raise ValueError("--compile on takes one process: several train without compiling")
+
+
+def own_device(device, wanted):
+    """The device of this rank, where all are to train on `device`; wanted: its name as given.
+
+    ValueError where there are fewer GPUs than processes, or for a device that cannot be shared.
+    """
+    if ranks() == 1 or device.type == "cpu":
+        return device
+    own, present = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if wanted not in ("auto", "cuda") or device.type != "cuda":
+        raise ValueError(f"--device {wanted}: several processes train with cuda, one GPU each, or with cpu")
+    if int(os.environ["LOCAL_WORLD_SIZE"]) > present:
+        raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes need as many GPUs; present: {present}; "
+                         "--device cpu needs none")
+    torch.cuda.set_device(own)
+    return torch.device("cuda", own)
+
+
+# ---- agreement
+
+def wait():
+    """Go on when all ranks are here."""
+    if ranks() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def agreed(value):
+    """What rank 0 has for `value`, plain types: so that all decide alike."""
+    if ranks() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+@contextmanager
+def leader_first():
+    """A block that the other ranks enter when rank 0 has left it, so that they find the files it wrote."""
+    if not leads():
+        wait()
+    yield
+    if leads():
+        wait()
+
+
+def refuse_drift(models):
+    """RuntimeError where the ranks no longer hold the same weights and buffers."""
+    if ranks() == 1:
+        return
+    sums = torch.stack([tensor.double().sum() for model in models for tensor in model.state_dict().values()])
+    low, high = sums.clone(), sums.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        raise RuntimeError("the processes hold different weights; all need the same GPUs and versions")
+
+
+# ---- one step
+
+def own_part(*tensors):
+    """This rank's slice of each tensor along its first dimension, which the ranks share evenly."""
+    if ranks() == 1:
+        return tensors
+    count = len(tensors[0]) // ranks()
+    begin = dist.get_rank() * count
+    return tuple(tensor[begin:begin + count] for tensor in tensors)
+
+
+@torch.no_grad()
+def average_gradients(model, loss, correct):
+    """Average the gradients over the ranks, in place. Returns the mean of `loss` and the sum of `correct`, scalars.
+
+    One all_reduce for all: the numbers are the same on every rank, and so is whether they are finite.
+    """
+    if ranks() == 1:
+        return loss, correct
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([tensor.reshape(-1) for tensor in (*gradients, loss, correct)])
+    dist.all_reduce(flat)
+    flat[:-1] /= ranks()
+    parts = flat.split([tensor.numel() for tensor in (*gradients, loss, correct)])
+    torch._foreach_copy_(gradients, [part.view_as(own) for part, own in zip(parts, gradients, strict=False)])
+    return flat[-2], flat[-1]
+
+
+def whole_batch():
+    """A context in which batch norm, while training, takes its statistics over the batches of all ranks.
+
+    The layers stay what they are. (nn.SyncBatchNorm would replace them, and needs CUDA.)
+    """
+    return nullcontext() if ranks() == 1 else WholeBatch()
+
+
+class WholeBatch(TorchFunctionMode):
+    """Sends each call of `F.batch_norm` to `batch_norm`."""
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        return (batch_norm if function is F.batch_norm else function)(*arguments, **(named or {}))
+
+
+def batch_norm(images, running_mean, running_var, weight, bias, training, momentum, eps):
+    """`F.batch_norm` with mean and variance over the batches, of one size, of all ranks; images: (N, C, ...) float.
+
+    One all_reduce forward and one backward, of a mean and a mean square by channel.
+    """
+    if not training:
+        return F.batch_norm(images, running_mean, running_var, weight, bias, training, momentum, eps)
+    dimensions, shape = [0, *range(2, images.dim())], [1, -1] + [1] * (images.dim() - 2)
+    variance, mean = (part.double() for part in torch.var_mean(images.float(), dimensions, correction=0))
+    mean, square = MeanOfRanks.apply(torch.stack([mean, variance + mean.square()]))
+    variance = square - mean.square()
+    count = ranks() * images.numel() // images.shape[1]
+    with torch.no_grad():
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((variance * count / (count - 1)).to(running_var.dtype), momentum)
+    scale = weight * (variance + eps).rsqrt().float()
+    return ((images.float() - mean.float().view(shape)) * scale.view(shape) + bias.view(shape)).to(images.dtype)
+
+
+class MeanOfRanks(torch.autograd.Function):
+    """The mean over the ranks of a tensor, whose gradient is the mean over the ranks of theirs."""
+
+    @staticmethod
+    def forward(context, tensor):
+        return mean_of_ranks(tensor)
+
+    @staticmethod
+    def backward(context, gradient):
+        return mean_of_ranks(gradient)
+
+
+def mean_of_ranks(tensor):
+    """A new tensor: the mean over the ranks."""
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total)
+    return total / ranks()
