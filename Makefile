@@ -1,6 +1,7 @@
 # make demo   environment, then the whole job on a data set that needs no download
 # make test   environment, then all tests
 # make train  the full job on CIFAR-10: 100 + 25 + 125 epochs
+# make headline  every number of the full protocol, five seeds and a dense network beside it: for a GPU
 # make lint   ruff
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := runs/demo
 
-.PHONY: demo test train lint
+.PHONY: demo test train headline lint
 demo: $(VENV)/ready
 	rm -rf $(DEMO)
 	$(RUN) train_pruning.py --dataset digits --epochs 4 2 5 --mixing none --lr 0.05 --batch-size 32 --out $(DEMO)
@@ -21,6 +22,9 @@ test: $(VENV)/ready
 
 train: $(VENV)/ready
 	$(RUN) train_pruning.py
+
+headline: $(VENV)/ready
+	$(RUN) study.py studies/headline.json
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
