@@ -221,9 +221,9 @@ score, course    {totals['score_course']:.4f} = {first[0]:.4f} parameters + {fir
 score, profiler  {totals['score_profiler']:.4f} = {second[0]:.4f} parameters + {second[1]:.4f} operations
 MicroNet storage {totals['micronet_bytes']:,} bytes, bitmasks included""")
     if "layer_bits" in totals:
-        strict = totals["score_course_strict_terms"]
-        print(f"score, strict    {totals['score_course_strict']:.4f} = {strict[0]:.4f} parameters + {strict[1]:.4f} MACs, "
-              "bitmasks, batch norm, biases, steps and scaling counted too")
+        first, second = totals["score_course_strict_terms"]
+        print(f"score, strict    {totals['score_course_strict']:.4f} = {first:.4f} parameters + {second:.4f} MACs, "
+              "with bitmasks, batch norm, biases, steps and scaling")
     if "score_micronet" in totals:
         third = totals["score_micronet_terms"]
         print(f"score, MicroNet  {totals['score_micronet']:.4f} = {third[0]:.4f} storage + {third[1]:.4f} MACs, "
