@@ -23,7 +23,7 @@ import quantization
 import shrinking
 from train import find_checkpoint, load_network
 
-FORMATS = (".packed.gz", ".pt.gz", ".safetensors", ".int8.onnx", ".onnx")
+FORMATS = (".pt.gz", ".safetensors", ".int8.onnx", ".onnx", ".packed.gz")
 
 
 def export(model, state, target, data=None):
