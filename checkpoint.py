@@ -294,7 +294,8 @@ def layer_like(layer, width, weight=None):
         fresh = nn.Linear(*width, bias=layer.bias is not None)
     else:
         fresh = nn.BatchNorm2d(*width)
-    return fresh.to(layer.weight.device, layer.weight.dtype).train(layer.training)
+    fresh = fresh.to(layer.weight.device, layer.weight.dtype).train(layer.training)
+    return layer.like(fresh) if hasattr(layer, "like") else fresh      # of few bits: quantization.QuantizedConv2d
 
 
 # ---- compact files

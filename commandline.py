@@ -24,7 +24,8 @@ BOUNDS = {"pad": (0, 16), "batch_size": (1, math.inf), "limit": (2, math.inf), "
           "ema_decay": (0, 1), "minimum_density": (0, 1), "prune_begin": (0, 1), "prune_end": (0, 1),
           "prune_frequency": (1, math.inf), "filter_threshold": (0, math.inf), "filter_interval": (1, math.inf),
           "morph_strength": (0, math.inf), "morph_threshold": (0, math.inf), "morph_budget": (1e-6, math.inf),
-          "morph_round_to": (1, math.inf), "filter_stop": (0, 1), "stop_loss": (0, math.inf), "seed": (0, 2**63 - 1)}
+          "morph_round_to": (1, math.inf), "filter_stop": (0, 1), "stop_loss": (0, math.inf), "seed": (0, 2**63 - 1),
+          "weight_bits": (1, 8), "activation_bits": (1, 8)}
 
 
 def read_lines(path):
@@ -78,6 +79,11 @@ def training_parser(description, choices, datasets):
                        ("shortcut", "of ResNet-20 to 110: A (pad) or B (1x1 convolution)")):
         parser.add_argument("--" + name, help=what)
     parser.add_argument("--binary-scale", choices=["one", "glorot"], help="H of binary weights (glorot)")
+    for name, default in (("weight", 2), ("activation", 4)):
+        parser.add_argument(f"--{name}-bits", type=int,
+                            help=f"of {name}s with --weights lsq, 1 to 8, first and last layer apart ({default})")
+    parser.add_argument("--layer-bits", nargs="+", metavar="LAYER=W/A",
+                        help="of single layers (the first convolution and the last linear layer 8/8)")
     parser.add_argument("--compile", choices=["auto", "on", "off"], help="auto: where it pays and a compiler is there")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--teacher", metavar="CHECKPOINT", help="learn from this network too (distillation)")
@@ -100,6 +106,11 @@ def check_settings(settings):
             upper = "" if high == math.inf else f" and at most {high:g}"
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {low:g}{upper}")
     epochs, sparsity = settings["epochs"], settings["sparsity"]
+    if settings.get("weights") == "lsq" and settings["recipe"] == "published":
+        raise ValueError("--weights lsq does not go with --recipe published, which trains with floats; leave one out")
+    if settings.get("weights") == "lsq" and settings["pruning"] in SHRINKING:
+        raise ValueError(f"--weights lsq does not go with --pruning {settings['pruning']}, which removes channels: "
+                         "shrink a network of floats first, then --start from it")
     if not epochs or min(epochs) < 1:
         raise ValueError(f"--epochs {' '.join(map(str, epochs))}: each round needs at least 1")
     if settings["pruning"] in SHRINKING:

@@ -26,9 +26,11 @@ import cifar10
 import commandline
 import compiling
 import filter_pruning
+import integer_inference
 import models
 import parallel
 import pruning
+import quantization
 import resnet_factorized
 from set_pruning_train import start_search
 from set_quantization_train import after_step, evaluation_weights
@@ -134,21 +136,37 @@ def prepare(settings, state):
     torch.manual_seed(settings["seed"])
     generator = torch.Generator(device).manual_seed(settings["seed"])
     train, validation, calibration = make_batches(data, kind, settings, device, generator)
-    model = build(**architecture).to(device)
+    model = build(**quantization.without_bits(architecture)).to(device)
+    start_from = settings["start"] or settings["cycle_settings"].get("input_model_path")
+    if state is None and start_from:
+        load_start(model, architecture, start_from)
+    if "bits" in architecture:
+        begin_bits(model, architecture["bits"], calibration if state is None else None)
     if device.type == "cpu" and settings["recipe"] != "published":
         compiling.keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         model = model.to(memory_format=torch.channels_last)
     run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, forward=model)
-    start_from = settings["start"] or settings["cycle_settings"].get("input_model_path")
     if settings["teacher"]:
         run.teacher = load_teacher(settings["teacher"], architecture["num_classes"], device)
     if state is not None:
         restore(run, state)
-    elif start_from:
-        checkpoint.load_weights(run.model, architecture, checkpoint.read(start_from))
     return run
+
+
+def load_start(model, architecture, path):
+    """Put the weights of the checkpoint --start into a network of floats, those of few bits without their steps."""
+    state = checkpoint.read(path)
+    if "integers" in state:
+        raise ValueError(f"{path} is packed: its integers do not train; start from the model.pt that it came from")
+    checkpoint.load_weights(model, quantization.without_bits(architecture), quantization.without_steps(state))
+
+
+def begin_bits(model, bits, calibration):
+    """Quantize the layers that are there; steps begin from the weights and, where given, from `calibration` images."""
+    ranges = quantization.input_ranges(model, calibration) if calibration is not None else None
+    quantization.quantize_layers(model, {name: bits[name] for name in quantization.layers_of(model)}, ranges)
 
 
 def architecture_of(settings):
@@ -161,20 +179,29 @@ def architecture_of(settings):
         offered = {"size": kind.shape[0], **{word: settings[word] for word in ("activation", "pooling", "shortcut")}}
         architecture |= {word: offered[word] for word in models.arguments_of(name)}
     with torch.device("meta"):
-        pruning.prunable(build(**architecture), settings["exclude"])
+        model = build(**architecture)
+        pruning.prunable(model, settings["exclude"])
+    if settings.get("weights") == "lsq":
+        architecture["bits"] = quantization.layer_bits(model, settings["weight_bits"], settings["activation_bits"],
+                                                       settings["layer_bits"])
     return architecture
 
 
-def build(name, **arguments):
-    """The network called `name` of resnet_factorized.py or models.py, freshly initialised."""
-    return (resnet_factorized if name in resnet_factorized.NETWORKS else models).build(name, **arguments)
+def build(name, bits=None, **arguments):
+    """The network called `name` of resnet_factorized.py or models.py, freshly initialised.
+
+    bits: {layer: [of weights, of activations]} of one that is quantized (`quantization.layer_bits`).
+    """
+    model = (resnet_factorized if name in resnet_factorized.NETWORKS else models).build(name, **arguments)
+    return quantization.quantize_layers(model, bits) if bits else model
 
 
 def load_network(path, device="cpu"):
     """(model in evaluation mode, the checkpoint's dictionary); the structure is read from the file.
 
     Of an unfinished run's last.pt it is the averaged network, where there is one:
-    that is what the validation accuracy was measured on. Its `dataset` is filled in.
+    that is what the validation accuracy was measured on. Of a packed file it is
+    the network in integers. Its `dataset` is filled in.
     """
     state = checkpoint.read(path)
     if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("weights"), dict):
@@ -183,7 +210,10 @@ def load_network(path, device="cpu"):
     if state.get("average"):
         state["weights"] = state["average"]
     model = build(**state["architecture"])
-    checkpoint.load_weights(model, state["architecture"], state)
+    if "integers" in state:
+        integer_inference.load_packed(model, state, path)
+    else:
+        checkpoint.load_weights(model, state["architecture"], state)
     return model.eval().to(device), state
 
 
@@ -255,7 +285,7 @@ def write_config(run):
 def begin_round(run):
     """A fresh optimizer, schedule and weight average for the round that `run` stands at."""
     settings, steps = run.settings, run.settings["epochs"][run.round] * len(run.train)
-    run.optimizer = torch.optim.SGD(run.model.parameters(), settings["lr"], settings["momentum"],
+    run.optimizer = torch.optim.SGD(quantization.parameter_groups(run.model), settings["lr"], settings["momentum"],
                                     weight_decay=settings["weight_decay"], nesterov=settings["nesterov"])
     if settings["schedule"] == "plateau":
         run.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer)
@@ -328,10 +358,10 @@ def restore(run, state):
 def force_settings(run, before):
     """Give a restored optimizer and schedule the settings that --force accepted in place of those `before`."""
     settings = run.settings
-    for group in run.optimizer.param_groups:
+    for group, own in zip(run.optimizer.param_groups, quantization.parameter_groups(run.model), strict=True):
         group["lr"] *= settings["lr"] / before["lr"]
         group["initial_lr"] = settings["lr"]
-        group |= {name: settings[name] for name in ("momentum", "weight_decay", "nesterov")}
+        group |= {name: own.get(name, settings[name]) for name in ("momentum", "weight_decay", "nesterov")}
     if hasattr(run.schedule, "base_lrs"):
         run.schedule.base_lrs = [settings["lr"]] * len(run.optimizer.param_groups)
 

@@ -1,6 +1,7 @@
 """Write a trained network for use elsewhere: `python export.py --checkpoint runs/a/model.pt --out a.pt.gz`.
 
-The end of --out says what is written: .pt.gz, a compact file (half precision or
+The end of --out says what is written: .packed.gz, a network of few bits as integers packed to their bits, which
+test.py and profil.py read like any checkpoint and compute with in integers; .pt.gz, a compact file (half precision or
 one bit a weight, zeros one bit each, compressed), which test.py and profil.py
 read like any checkpoint; .safetensors, float32 with the structure in its metadata, which they read
 too; .onnx, float32; .int8.onnx, 8-bit integers, calibrated on training images.
@@ -16,11 +17,13 @@ import torch
 import checkpoint
 import cifar10
 import commandline
+import integer_inference
 import onnx_files
+import quantization
 import shrinking
 from train import find_checkpoint, load_network
 
-FORMATS = (".pt.gz", ".safetensors", ".int8.onnx", ".onnx")
+FORMATS = (".pt.gz", ".safetensors", ".int8.onnx", ".onnx", ".packed.gz")
 
 
 def export(model, state, target, data=None):
@@ -28,13 +31,16 @@ def export(model, state, target, data=None):
 
     data: `cifar10.Data` of its data set, needed for .int8.onnx alone. Returns (a
     function from images to logits that reads the file, channels removed). Raises
-    ValueError for another ending, or where half precision overflows; RuntimeError
-    where a weight that was read back is not what was written.
+    ValueError for another ending, one that is not for this network, or where half
+    precision overflows; RuntimeError where a weight that was read back is not what
+    was written.
     """
     ending = next((ending for ending in FORMATS if str(target).endswith(ending)), None)
     if ending is None:
         raise ValueError(f"{target}: it must end in one of {', '.join(FORMATS)}")
+    refuse_ending(ending, model, state)
     removed = shrinking.remove_dead(model)
+    quantization.to_grid(model)
     network = {**checkpoint.network_of(model, state["architecture"]), "dataset": state["dataset"]}
     kind = cifar10.KINDS[state["dataset"]]
     if ending.endswith("onnx"):
@@ -42,6 +48,12 @@ def export(model, state, target, data=None):
         if ending == ".int8.onnx":
             onnx_files.quantize_onnx(target, target, calibration(data, kind))
         forward = onnx_files.open_onnx(target)
+    elif ending == ".packed.gz":
+        expected = {f"{name}.weight": model.get_submodule(name).integers() for name in quantization.bits_of(model)}
+        integer_inference.save_packed(target, model, {word: network[word] for word in ("architecture", "widths",
+                                                                                       "dataset")})
+        forward, _ = load_network(target)
+        refuse_difference(target, forward.state_dict(), expected)
     else:
         save, expected = ((checkpoint.save_compact, checkpoint.to_half(network["weights"])) if ending == ".pt.gz"
                           else (checkpoint.save_safetensors, network["weights"]))
@@ -49,6 +61,14 @@ def export(model, state, target, data=None):
         forward, written = load_network(target)
         refuse_difference(target, written["weights"], expected)
     return forward, removed
+
+
+def refuse_ending(ending, model, state):
+    """ValueError where a network of this kind is not written in this form."""
+    if "integers" in state:
+        raise ValueError("the network is packed: its integers are what ships; export from the model.pt it came from")
+    if ending == ".int8.onnx" and quantization.bits_of(model):
+        raise ValueError("the network has few bits already and is not quantized again; .packed.gz holds its integers")
 
 
 def refuse_difference(target, written, expected):

@@ -5,6 +5,17 @@ scores. Everything is counted from the network itself: its real zeros and real
 widths. One multiply-add is one MAC; three columns are never mixed: dense (the
 reference), physical (what the network computes) and nominal (what its zeros
 would save on hardware that skips them).
+
+Of a network of few bits (`--weights lsq`, or a packed file) each layer counts at
+the bits that the file gives it: a weight that is not zero as an integer at q_w, a
+MAC at the larger of q_w and q_a. Batch norm's scale and shift and the biases count
+as parameters at `--bits`, 16 unless told otherwise, as in a network of floats; the
+steps are factors of such a scale and do not count. The strict score leaves nothing
+out: zeros take their code or one bit of a bitmask, whichever is smaller for a layer
+(both, where weights of one bit have zeros); batch norm, biases and steps take the 32
+bits that they are stored in; and besides the MACs it counts one operation of 32 bits
+for each element that a layer reads and rounds, and for each that it scales or a batch
+norm does.
 """
 import csv
 import json
@@ -17,7 +28,9 @@ from torch import nn
 import checkpoint
 import cifar10
 import commandline
+import integer_inference
 import models
+import quantization
 import resnet_factorized
 from experiment import architecture_of, build
 from train import DEFAULTS, find_checkpoint, load_network
@@ -39,12 +52,13 @@ def count_layers(model, shape):
     kinds = {nn.Conv2d: convolution_row, nn.Linear: linear_row, nn.BatchNorm2d: norm_row,
              nn.ReLU: activation_row, nn.AvgPool2d: pool_row}
     for name, module in model.named_modules():
-        if type(module) in kinds:
-            def hook(layer, inputs, output, name=name):
-                rows.append(row_of(name, layer, kinds[type(layer)](layer, output), output))
+        kind = next((row for kind, row in kinds.items() if isinstance(module, kind)), None)
+        if kind:
+            def hook(layer, inputs, output, name=name, kind=kind):
+                rows.append(row_of(name, layer, kind(layer, output), output) | few_bits(layer, inputs[0], output))
             hooks.append(module.register_forward_hook(hook))
     was_training = model.training
-    device = next(model.parameters()).device
+    device = next(iter(model.state_dict().values())).device
     try:
         model.eval()(torch.zeros(1, *shape, device=device))
     finally:
@@ -57,10 +71,10 @@ def count_layers(model, shape):
 def row_of(name, layer, specific, output):
     """The columns that every layer shares, and `specific` ones: macs, and the earlier profiler's terms."""
     prunable = isinstance(layer, (nn.Conv2d, nn.Linear))
-    weights = layer.weight.numel() if prunable else 0
-    zeros = int((layer.weight == 0).sum()) if prunable else 0
-    parameters = sum(tensor.numel() for tensor in layer.parameters(recurse=False))
-    magnitudes = layer.weight[layer.weight != 0].abs() if prunable else torch.empty(0)
+    weight = torch.empty(0) if not prunable else layer.integers() if hasattr(layer, "integers") else layer.weight
+    weights, zeros = weight.numel(), int((weight == 0).sum())
+    parameters = sum(tensor.numel() for tensor in [weight] + others_of(layer))
+    magnitudes = weight[weight != 0].abs() if not hasattr(layer, "integers") else torch.empty(0)
     binary = len(magnitudes) > 1 and bool((magnitudes == magnitudes[0]).all())
     row = {"name": name, "kind": type(layer).__name__, "output": tuple(output.shape[1:]), "parameters": parameters,
            "nonzero": parameters - zeros, "weights": weights, "zero_weights": zeros,
@@ -68,6 +82,34 @@ def row_of(name, layer, specific, output):
            "macs": 0, "multiplies": 0.0, "adds": 0.0, **specific}
     row["nominal_macs"] = round(row["macs"] * (1 - row["sparsity"]))
     return row
+
+
+def others_of(layer):
+    """A layer's parameters that are not weights of connections, steps apart; in integers, what holds a batch norm."""
+    if isinstance(getattr(layer, "scale", None), torch.Tensor):
+        return ([] if layer.shift is None else [layer.shift]) + ([layer.scale] if layer.folded else [])
+    return [tensor for name, tensor in layer.named_parameters(recurse=False)
+            if name not in quantization.STEPS and (name != "weight" or tensor.dim() == 1)]
+
+
+def few_bits(layer, inputs, output):
+    """What the strict score needs of a layer, `scaled` elements and `stored` bits, and the bits of one that has few.
+
+    {} of a layer that only a network of floats is counted by.
+    """
+    if isinstance(layer, nn.BatchNorm2d):
+        return {"scaled": output.numel(), "stored": 32 * 2 * layer.num_features}
+    if not hasattr(layer, "integers"):
+        return {}
+    weight, bits = layer.integers(), layer.weight_bits
+    count, left = weight.numel(), int((weight != 0).sum())
+    masked = integer_inference.sparse(count, left, bits)
+    others = [tensor for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+              if name not in ("weight", "signed")]
+    offset = 1 if hasattr(layer, "low") else 0           # an attribute in integers, a parameter while training
+    return {"bits": [bits, layer.activation_bits], "scaled": inputs.numel() + output.numel(),
+            "stored": (count + left * bits if masked else count * bits)
+            + 32 * (offset + sum(tensor.numel() for tensor in others))}
 
 
 def convolution_row(layer, output):
@@ -107,15 +149,17 @@ def totals_of(rows, weight_bits=16, activation_bits=16, dataset="cifar10"):
     q_w/32 / 5.6e6 + MACs max(q_w, q_a)/32 / 2.8e8 (Efficient Deep Learning, IMT
     Atlantique). score_profiler: its earlier form, with grouped operations counted
     as such. micronet_bytes: MicroNet 2019, one bit an entry of a tensor with
-    zeros and q_w bits a value that is stored.
+    zeros and q_w bits a value that is stored. Layers of few bits count at theirs; then
+    there are layer_bits and score_course_strict too, see the top of this file.
     """
     total = {name: sum(row[name] for row in rows)
              for name in ("parameters", "nonzero", "weights", "zero_weights", "macs", "nominal_macs")}
-    bits = [1 if row["binary"] else weight_bits for row in rows]
+    bits = [weight_bits_of(row, weight_bits) for row in rows]
     value_bits = sum(values_bits(row, weight_bits) for row in rows)
     storage = (value_bits + sum(row["weights"] for row in rows if row["zero_weights"])) / 8
     operations = sum(row["multiplies"] * each / 32 + row["adds"] for row, each in zip(rows, bits, strict=True))
-    mac_bits = sum(row["macs"] * max(each, activation_bits) for row, each in zip(rows, bits, strict=True))
+    mac_bits = sum(row["macs"] * (max(row["bits"]) if "bits" in row else max(each, activation_bits))
+                   for row, each in zip(rows, bits, strict=True))
     course = value_bits / 32 / 5.6e6, mac_bits / 32 / 2.8e8
     profiler = value_bits / 32 / PROFILER_PARAMETERS, operations / PROFILER_OPERATIONS
     micronet = (storage / (4 * WRN_PARAMETERS), total["macs"] / WRN_MACS)
@@ -129,26 +173,40 @@ def totals_of(rows, weight_bits=16, activation_bits=16, dataset="cifar10"):
               "score_course": sum(course), "score_course_terms": course,
               "score_profiler": sum(profiler), "score_profiler_terms": profiler, "profiler_operations": operations,
               "micronet_bytes": math.ceil(storage)}
+    if any("bits" in row for row in rows):
+        strict = (sum(row.get("stored", 0) for row in rows) / 32 / 5.6e6,
+                  (mac_bits + 32 * sum(row.get("scaled", 0) for row in rows)) / 32 / 2.8e8)
+        result |= {"layer_bits": {row["name"]: row["bits"] for row in rows if "bits" in row},
+                   "score_course_strict": sum(strict), "score_course_strict_terms": strict}
     if dataset == "cifar100":
         result |= {"score_micronet": sum(micronet), "score_micronet_terms": micronet}
     return result
 
 
+def weight_bits_of(row, bits):
+    """Bits of one layer's weights: its own where it has few, one where they are binary, else `bits`."""
+    return row["bits"][0] if "bits" in row else 1 if row["binary"] else bits
+
+
 def values_bits(row, bits):
-    """Bits of one layer's values that are not zero: one each where the weights are binary, their biases at `bits`."""
+    """Bits of one layer's values that are not zero: its weights at their bits, its other parameters at `bits`."""
     left = row["weights"] - row["zero_weights"]
-    return left * (1 if row["binary"] else bits) + (row["parameters"] - row["weights"]) * bits
+    return left * weight_bits_of(row, bits) + (row["parameters"] - row["weights"]) * bits
 
 
 def print_table(rows, totals):
     """The table by layer, then totals, reductions and scores with their terms."""
-    print(f"{'layer':28}{'parameters':>12}{'share':>7}{'nonzero':>11}{'sparsity':>10}{'MACs':>14}{'share':>7}")
+    print(f"{'layer':28}{'parameters':>12}{'share':>7}{'nonzero':>11}{'sparsity':>10}{'MACs':>14}{'share':>7}"
+          + f"{'bits w/a':>10}" * ("layer_bits" in totals))
     for row in rows:
         if row["parameters"]:
             print(f"{row['name']:28}{row['parameters']:12,}{row['parameters'] / totals['parameters']:7.1%}"
-                  f"{row['nonzero']:11,}{row['sparsity']:10.2%}{row['macs']:14,}{row['macs'] / totals['macs']:7.1%}")
+                  f"{row['nonzero']:11,}{row['sparsity']:10.2%}{row['macs']:14,}{row['macs'] / totals['macs']:7.1%}"
+                  + (f"{'/'.join(map(str, row['bits'])):>10}" if "bits" in row else ""))
     bits = f"{totals['weight_bits']}-bit weights, {totals['activation_bits']}-bit activations"
     bits += f", {totals['binary_weights']:,} weights of one bit" if totals["binary_weights"] else ""
+    if "layer_bits" in totals:
+        bits = f"bits by layer as above, batch norm and biases {totals['weight_bits']}"
     first, second = totals["score_course_terms"], totals["score_profiler_terms"]
     print(f"""
                               dense ResNet-18       this network    removed
@@ -162,6 +220,10 @@ sparsity {totals['sparsity']:.2%} of convolution and linear weights; {bits}
 score, course    {totals['score_course']:.4f} = {first[0]:.4f} parameters + {first[1]:.4f} MACs
 score, profiler  {totals['score_profiler']:.4f} = {second[0]:.4f} parameters + {second[1]:.4f} operations
 MicroNet storage {totals['micronet_bytes']:,} bytes, bitmasks included""")
+    if "layer_bits" in totals:
+        first, second = totals["score_course_strict_terms"]
+        print(f"score, strict    {totals['score_course_strict']:.4f} = {first:.4f} parameters + {second:.4f} MACs, "
+              "with bitmasks, batch norm, biases, steps and scaling")
     if "score_micronet" in totals:
         third = totals["score_micronet_terms"]
         print(f"score, MicroNet  {totals['score_micronet']:.4f} = {third[0]:.4f} storage + {third[1]:.4f} MACs, "

@@ -1,24 +1,49 @@
-"""Numeric precision of a trained network.
+"""Numeric precision: of a trained network, and of one that trains with few bits.
 
     note = set_precision(model, "half", device)    # then evaluate as always
 
-On CUDA the arithmetic itself runs in the precision asked for. On a CPU, where
-half and bfloat16 arithmetic is slower than float32, the weights are rounded to
-the precision and the arithmetic stays in float32; `note` says which it was.
+    bits = layer_bits(model, 2, 4)                 # {layer: [weights, activations]}; first and last layer at 8
+    quantize_layers(model, bits, input_ranges(model, batches))
+    ...                                            # trains like any network; after each step keep_positive(model)
+
+The second is LSQ: every convolution and linear layer rounds its weights and its
+inputs to integers times a step, and the steps are learned with the weights (Esser
+et al. 2020, arXiv:1902.08153). A weight step belongs to one output channel, so
+that depthwise filters of different sizes fit; at inference it is one factor with
+batch norm's scale. An activation step belongs to one layer. Inputs that follow a
+ReLU are integers from 0; others, the image among them, get a learned offset as
+in LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576), rounded to whole steps: then zero
+is an integer too, and the zeros around an image stay exact.
 """
+import itertools
+import re
+
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import checkpoint
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+STEPS = ("weight_step", "activation_step", "activation_offset")      # parameters of a quantized layer
+SMALLEST = 1e-6      # a step that an update takes below it is set to it
 
 
 def set_precision(model, precision, device):
     """Convert `model` in place to "float", "half" or "bfloat16". Returns (input dtype, a note for people).
 
+    On CUDA the arithmetic itself then runs in the precision asked for. On a CPU,
+    where half and bfloat16 arithmetic is slower than float32, the weights are
+    rounded to the precision and the arithmetic stays in float32; the note says
+    which it was. A network of few bits has its own precision and stays as it is.
     Raises ValueError with the tensors that are not finite, or that half precision
     cannot hold, and their largest value.
     """
+    bits = bits_of(model)
+    if bits:
+        few, many = (pick(number for pair in bits.values() for number in pair) for pick in (min, max))
+        kind = "computed exactly" if any(hasattr(layer, "scale") for layer in model.modules()) else "simulated"
+        return torch.float32, f"weights and activations of {few} to {many} bits, integers {kind}"
     dtype = DTYPES[precision]
     checkpoint.refuse_overflow(model.state_dict(), dtype)
     if device.type == "cuda" or precision == "float":
@@ -26,3 +51,260 @@ def set_precision(model, precision, device):
         return dtype, f"weights and arithmetic in {precision} precision"
     model.to(dtype).to(torch.float32)
     return torch.float32, f"weights rounded to {precision} precision, arithmetic in float32"
+
+
+# ---- integers times a step
+
+def straight_through(value, through):
+    """`value` to the bit, with the gradient of `through`."""
+    return value.detach() + (through - through.detach())
+
+
+def codes_of(values, step, low, high):
+    """round(clip(values / step, low, high)): integers as floats; rounding passes gradients as if it were not there.
+
+    step, low, high: tensors that broadcast with `values`, or numbers. Times the
+    step it is arXiv:1902.08153, equations 1 and 2, and its gradients are equations 3
+    and 5: for the step round(v/s) - v/s within the range and its bound outside, for a
+    value 1 within and 0 outside.
+    """
+    clipped = (values / step).clamp(low, high)
+    return straight_through(clipped.round(), clipped)
+
+
+def scaled_gradient(step, scale):
+    """`step` to the bit, its gradient times `scale` (arXiv:1902.08153, section 2.2)."""
+    return step.detach() + (step - step.detach()) * scale
+
+
+def weight_range(bits):
+    """(lowest, highest) integer of a weight: -2^(b-1) and 2^(b-1) - 1; of one bit -1 and 1, the signs."""
+    return (-1, 1) if bits == 1 else (-2 ** (bits - 1), 2 ** (bits - 1) - 1)
+
+
+def weight_codes(layer):
+    """(integers as floats, of the weight's shape; the step by output channel, (outputs,), gradients scaled).
+
+    One bit is LSQ's degenerate case: the sign times a learned step. There is no
+    range to leave, so every weight takes the gradient. A weight of exactly 0, which
+    only masks make, is 0 with any number of bits.
+    """
+    low, high = weight_range(layer.weight_bits)
+    step = scaled_gradient(layer.weight_step, (layer.weight[0].numel() * high) ** -0.5)
+    each = step.view(-1, *[1] * (layer.weight.dim() - 1))
+    if layer.weight_bits == 1:
+        return straight_through(layer.weight.sign(), layer.weight / each.detach()), step
+    return codes_of(layer.weight, each, low, high), step
+
+
+def input_codes(layer, inputs):
+    """(integers as floats, of the inputs' shape; the activation step, a scalar, gradients scaled).
+
+    From 0 to 2^b - 1; of signed inputs from round(offset / step), as many. N of the
+    gradients' scale 1 / sqrt(N Q) counts the features of one image.
+    """
+    high, inputs = 2 ** layer.activation_bits - 1, inputs.float()
+    scale = (inputs[0].numel() * high) ** -0.5
+    step, offset = (scaled_gradient(each, scale) for each in (layer.activation_step, layer.activation_offset))
+    shift = offset / step
+    low = torch.where(layer.signed, straight_through(shift.round(), shift), 0.0)
+    return codes_of(inputs, step, low, low + high), step
+
+
+def rescaled(sums, step, scale, bias):
+    """Sums of integers (N, outputs, ...) back to numbers: times the steps, plus the bias of each output."""
+    shape = (1, -1, *[1] * (sums.dim() - 2))
+    outputs = sums * (step * scale).view(shape)
+    return outputs if bias is None else outputs + bias.view(shape)
+
+
+# ---- layers
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution of integers: its inputs and weights are rounded, and the sums are scaled back.
+
+    `quantized` makes one of a plain layer. Convolving integers, not their multiples,
+    keeps float32 sums exact below 2^24, as those of `integer_inference` are.
+    """
+
+    def forward(self, images):
+        codes, step = input_codes(self, images)
+        weight, scale = weight_codes(self)
+        sums = F.conv2d(codes, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return rescaled(sums, step, scale, self.bias)
+
+    def integers(self):
+        """The weights as the network multiplies with them, int8."""
+        return weight_codes(self)[0].detach().to(torch.int8)
+
+    def like(self, plain):
+        """A plain layer, quantized to the bits of this one."""
+        return quantized(plain, [self.weight_bits, self.activation_bits])
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer of integers, otherwise as `QuantizedConv2d`."""
+
+    integers, like = QuantizedConv2d.integers, QuantizedConv2d.like
+
+    def forward(self, inputs):
+        codes, step = input_codes(self, inputs)
+        weight, scale = weight_codes(self)
+        return rescaled(F.linear(codes, weight), step, scale, self.bias)
+
+
+def quantized(layer, bits, extent=None):
+    """A plain convolution or linear layer made a quantized one, in place: the same object with the same parameters.
+
+    bits: [of weights, of activations]; extent: (mean magnitude, lowest, highest) of its
+    inputs, to begin the steps with; without, they wait for a file's.
+    """
+    layer.__class__ = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
+    layer.weight_bits, layer.activation_bits = bits
+    layer.weight_step = nn.Parameter(first_weight_step(layer.weight, layer.weight_bits))
+    mean, lowest, highest = extent or (1.0, 0.0, 1.0)
+    span = 2 ** layer.activation_bits - 1
+    step = 2 * mean / span ** 0.5 if lowest >= 0 else (highest - lowest) / span
+    device = layer.weight.device
+    layer.activation_step = nn.Parameter(torch.tensor(max(step, SMALLEST), device=device))
+    layer.activation_offset = nn.Parameter(torch.tensor(min(lowest, 0.0), device=device))
+    layer.register_buffer("signed", torch.tensor(lowest < 0, device=device))
+    return layer
+
+
+@torch.no_grad()
+def first_weight_step(weight, bits):
+    """2 mean|w| / sqrt(Q) for each output channel, (outputs,) (arXiv:1902.08153, section 2.1); of one bit mean|w|.
+
+    The mean is of weights that are not zero, or a pruned channel would begin with
+    too small a step; a channel of zeros takes the step of its layer.
+    """
+    flat = weight.flatten(1).abs()
+    count = (flat > 0).sum(1)
+    mean = torch.where(count > 0, flat.sum(1) / count.clamp_min(1), flat.sum() / count.sum().clamp_min(1))
+    return (mean if bits == 1 else 2 * mean / weight_range(bits)[1] ** 0.5).clamp_min(SMALLEST)
+
+
+# ---- a network
+
+def layers_of(model):
+    """{name: layer} of every convolution and linear layer."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+
+
+def bits_of(model):
+    """{layer: [bits of weights, of activations]} of the layers that have few; {} of a network of floats."""
+    return {name: [module.weight_bits, module.activation_bits] for name, module in model.named_modules()
+            if hasattr(module, "weight_bits")}
+
+
+def layer_bits(model, weight_bits, activation_bits, given=()):
+    """{layer: [bits of weights, of activations]} for every convolution and linear layer.
+
+    The first convolution and the last linear layer have 8 and 8; given: texts like
+    conv1=8/8, layer=weights/activations, that override. ValueError for a text that does
+    not read so, or a layer that is not there.
+    """
+    layers = layers_of(model)
+    ends = [next((name for name in names if isinstance(layers[name], kind)), None)
+            for names, kind in ((layers, nn.Conv2d), (reversed(layers), nn.Linear))]
+    bits = {name: [8, 8] if name in ends else [weight_bits, activation_bits] for name in layers}
+    for text in given:
+        match = re.fullmatch(r"(.+)=([1-8])/([1-8])", text)
+        if not match:
+            raise ValueError(f"--layer-bits {text}: it must read layer=weights/activations, each of 1 to 8 bits, "
+                             "such as conv1=8/8")
+        if match[1] not in bits:
+            raise ValueError(f"--layer-bits {text}: no convolution or linear layer is called {match[1]!r}; there are "
+                             f"{', '.join(bits)}")
+        bits[match[1]] = [int(match[2]), int(match[3])]
+    return bits
+
+
+def quantize_layers(model, bits, ranges=None):
+    """Quantize the layers that `bits` names, in place; returns the model.
+
+    bits: as of `layer_bits`; ranges: of `input_ranges`. ValueError for a layer that is
+    not there, or bits outside 1 to 8, as an altered file may have them.
+    """
+    layers = layers_of(model)
+    for name, pair in bits.items():
+        if name not in layers or [type(each) is int and 1 <= each <= 8 for each in pair] != [True] * 2:
+            raise ValueError(f"bits {pair} of layer {name!r}: the network has {', '.join(layers)}, "
+                             "each with two numbers from 1 to 8")
+        quantized(layers[name], pair, (ranges or {}).get(name))
+    return model
+
+
+@torch.no_grad()
+def input_ranges(model, batches, count=2):
+    """{layer: (mean magnitude, lowest, highest)} of what each convolution and linear layer reads.
+
+    batches: of images as they are, of which `count` are taken, with batch norm's
+    statistics of each, as in training; the model is afterwards as it was.
+    """
+    kept, was_training = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.training
+    found = {name: [] for name in layers_of(model)}
+
+    def watch(name):
+        def hook(layer, inputs):
+            values = inputs[0].float()
+            found[name].append((values.abs().mean().item(), values.min().item(), values.max().item()))
+        return hook
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers_of(model).items()]
+    try:
+        device = next(model.parameters()).device
+        for images, _ in itertools.islice(batches, count):
+            model.train()(images.to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training).load_state_dict(kept)
+    return {name: (sum(means) / len(means), min(lows), max(highs)) for name, seen in found.items() if seen
+            for means, lows, highs in [zip(*seen, strict=True)]}
+
+
+def parameter_groups(model):
+    """For an optimizer: the parameters, and in a group of their own, without weight decay, the steps, if any.
+
+    A step is a scale and not a weight: decay would only push it off the grid that fits.
+    """
+    steps = [parameter for name, parameter in model.named_parameters() if name.split(".")[-1] in STEPS]
+    others = [parameter for name, parameter in model.named_parameters() if name.split(".")[-1] not in STEPS]
+    return [{"params": others}, {"params": steps, "weight_decay": 0.0}] if steps else [{"params": others}]
+
+
+@torch.no_grad()
+def keep_positive(model):
+    """Steps that an update took to zero or below come back to the smallest one, in place."""
+    for layer in model.modules():
+        if hasattr(layer, "weight_step"):
+            layer.weight_step.clamp_(min=SMALLEST)
+            layer.activation_step.clamp_(min=SMALLEST)
+
+
+@torch.no_grad()
+def to_grid(model):
+    """Replace the weights of quantized layers by what they are rounded to, in place; the outputs stay.
+
+    Rounding them to half precision then changes no integer. Returns the model.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "weight_step"):
+            codes, step = weight_codes(layer)
+            layer.weight.copy_(codes * step.view(-1, *[1] * (codes.dim() - 1)))
+    return model
+
+
+def without_bits(architecture):
+    """What rebuilds the network of floats that a quantized one is made of."""
+    return {name: value for name, value in architecture.items() if name != "bits"}
+
+
+def without_steps(state):
+    """A checkpoint's dictionary as of the network of floats: without its bits and steps; others as they are."""
+    if "bits" not in (state.get("architecture") or {}):
+        return state
+    weights = {name: tensor for name, tensor in state["weights"].items()
+               if name.split(".")[-1] not in (*STEPS, "signed")}
+    return {**state, "architecture": without_bits(state["architecture"]), "weights": weights}

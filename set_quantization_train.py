@@ -1,11 +1,13 @@
 """Training with quantized weights: what the line WEIGHTS does to the weights of one step.
 
 `train.py` runs forward and backward within `step_weights`, calls `after_step`
-behind the optimizer, and evaluates within `evaluation_weights`.
+behind the optimizer, and evaluates within `evaluation_weights`. Layers of few bits
+("lsq") round their own weights and inputs as they run (`quantization.py`).
 """
 from contextlib import nullcontext
 
 import binaryconnect
+import quantization
 
 BINARY = ("binary", "binary-stochastic")
 
@@ -13,7 +15,7 @@ BINARY = ("binary", "binary-stochastic")
 def step_weights(model, weights, scale, generator, masks):
     """A context in which `model` has the weights of a training step.
 
-    weights: "float" (as they are), "binary" (their signs) or "binary-stochastic"
+    weights: "float" and "lsq" (as they are), "binary" (their signs) or "binary-stochastic"
     (drawn from `generator`); scale: H, "one" or "glorot"; masks: of pruned weights.
     """
     if weights not in BINARY:
@@ -23,9 +25,11 @@ def step_weights(model, weights, scale, generator, masks):
 
 
 def after_step(model, weights, scale):
-    """What follows an update: binary training clips the real weights to [-H, H]."""
+    """What follows an update: binary training clips the real weights to [-H, H], lsq keeps its steps above 0."""
     if weights in BINARY:
         binaryconnect.BC(model, scale).clip()
+    elif weights == "lsq":
+        quantization.keep_positive(model)
 
 
 def evaluation_weights(model, weights, scale, masks):

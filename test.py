@@ -17,6 +17,7 @@ import checkpoint
 import cifar10
 import commandline
 import compiling
+import integer_inference
 import quantization
 from train import find_checkpoint, load_network, predict
 
@@ -41,6 +42,17 @@ def test_network(model, data, kind, precision, device, batch_size=500, limit=Non
     return {"accuracy": 100 * correct.sum().item() / len(labels), "loss": F.cross_entropy(logits, labels).item(),
             "images": len(labels), "seconds": round(seconds, 3), "precision": note,
             "classes": classes, "confusion": confusion.tolist()}
+
+
+def bytes_of(path, model, network):
+    """`sizes_of` a network; of one of few bits packed too, and that alone where it was read from such a file."""
+    if "integers" in network:
+        return {"packed": os.path.getsize(path)}
+    structure = {name: network[name] for name in ("architecture", "widths", "dataset")}
+    sizes = sizes_of({**structure, "weights": network["weights"]})
+    if quantization.bits_of(model):
+        sizes["packed"] = len(integer_inference.packed_bytes(model.cpu(), structure))
+    return sizes
 
 
 def sizes_of(network):
@@ -130,7 +142,7 @@ def main(argv):
     data = cifar10.load(dataset, arguments.data)
     result = {"checkpoint": str(path), "dataset": dataset, "device": commandline.device_name(device),
               **test_network(model, data, kind, arguments.precision, device, arguments.batch_size, arguments.limit),
-              "bytes": sizes_of({name: network[name] for name in ("architecture", "widths", "weights", "dataset")})}
+              "bytes": bytes_of(path, model, network)}
     of_run = (path.parent / "config.json").exists()
     picture = arguments.picture or (path.parent / "confusion.png" if of_run else None)
     if picture:

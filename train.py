@@ -60,6 +60,7 @@ MIXING = "cutmix"             # two images share one picture, arXiv:1905.04899
 WEIGHTS = "float"
 # WEIGHTS = "binary"          # -H or +H, by sign, arXiv:1511.00363
 # WEIGHTS = "binary-stochastic"  # -H or +H, drawn
+# WEIGHTS = "lsq"             # few bits, of activations too; their steps are learned, arXiv:1902.08153
 SCHEDULE = "one-cycle"        # up for a quarter, down to zero, arXiv:1708.07120
 # SCHEDULE = "cosine"         # short warm-up, then half a cosine, arXiv:1608.03983
 # SCHEDULE = "plateau"        # a tenth when the validation loss stalls
@@ -76,7 +77,8 @@ DEFAULTS = {
     "morph_device": None, "teacher": None, "temperature": 4.0, "distillation_weight": 0.9,
     "batch_size": 64, "lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
     "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "mix_per_sample": False,
-    "ema_decay": 0.998, "pad": 4, "binary_scale": "glorot", "activation": "relu", "pooling": "max", "shortcut": "B",
+    "ema_decay": 0.998, "pad": 4, "binary_scale": "glorot", "weight_bits": 2, "activation_bits": 4,
+    "layer_bits": [], "activation": "relu", "pooling": "max", "shortcut": "B",
     "recipe": "ours", "compile": "auto", "device": "auto", "seed": 0,
     "limit": None, "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
 }
@@ -155,7 +157,7 @@ def train_epoch(run, bar):
     """All training batches once. Returns mean loss and accuracy in % under augmentation and mixing."""
     run.model.train()
     totals, seen = torch.zeros(2, device=run.device), 0
-    ranks_each_step = run.settings["pruning"] in commandline.GRADUAL or run.settings["weights"] != "float"
+    ranks_each_step = run.settings["pruning"] in commandline.GRADUAL or "binary" in run.settings["weights"]
     read_every = 1 if ranks_each_step else READ_EVERY      # what ranks or binarizes weights must find them finite
     if run.finite_steps is not None:
         run.finite_steps.zero_()

@@ -44,6 +44,7 @@ MIXING = "cutmix"             # two images share one picture, arXiv:1905.04899
 WEIGHTS = "float"
 # WEIGHTS = "binary"          # -H or +H, by sign, arXiv:1511.00363
 # WEIGHTS = "binary-stochastic"  # -H or +H, drawn
+# WEIGHTS = "lsq"             # few bits, of activations too; their steps are learned, arXiv:1902.08153
 PRUNING = "rounds"            # train, prune, train: between rounds
 # PRUNING = "polynomial"      # while training, fast at first, arXiv:1710.01878
 # PRUNING = "constant"        # while training, all at once and again every so often

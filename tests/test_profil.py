@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import profil
 import pruning
+import quantization
 from resnet_factorized import build
 
 
@@ -94,6 +95,36 @@ def test_scores_equal_a_count_by_hand(weight_bits, activation_bits):
     assert totals["score_course"] == pytest.approx(
         (parameters - zeros) * weight_bits / 32 / 5.6e6 + macs * max(weight_bits, activation_bits) / 32 / 2.8e8)
     assert totals["micronet_bytes"] == -(-((parameters - zeros) * weight_bits + weights) // 8)
+
+
+def test_scores_of_few_bits_equal_a_count_by_hand():
+    model = Small()
+    bits = {"conv": [2, 4], "linear": [1, 8]}
+    quantization.quantize_layers(model, bits)
+    with torch.no_grad():
+        model.conv.weight.fill_(1.0).flatten()[:50] = 0
+        model.linear.weight.fill_(-1.0).flatten()[:27] = 0
+    rows = profil.count_layers(model, (4, 8, 7))
+    totals = profil.totals_of(rows)
+    # 72 weights of two bits, 22 of them left, and 270 of one bit, 243 left; 6 biases, 12 of batch norm, 5 biases
+    assert (totals["parameters"], totals["nonzero"]) == (72 + 270 + 23, 22 + 243 + 23)
+    assert totals["layer_bits"] == bits and totals["binary_weights"] == 0
+    parameter_bits, mac_bits = 22 * 2 + 243 * 1 + 23 * 16, 216 * 12 * 4 + 270 * 8
+    assert totals["score_course_terms"] == pytest.approx((parameter_bits / 32 / 5.6e6, mac_bits / 32 / 2.8e8))
+    assert totals["score_course"] == pytest.approx(sum(totals["score_course_terms"]))
+    # a bitmask of 72 bits and 22 codes are less than 72 codes; signs with zeros need the bitmask; steps by output
+    # channel, two numbers for the inputs of each layer
+    stored = (72 + 22 * 2) + (270 + 243) + 32 * (6 + 6 + 2) + 32 * 12 + 32 * (5 + 5 + 2)
+    scaled = (4 * 8 * 7 + 216) + 216 + (54 + 5)
+    assert totals["score_course_strict_terms"] == pytest.approx(
+        (stored / 32 / 5.6e6, (mac_bits + 32 * scaled) / 32 / 2.8e8))
+    assert totals["score_course_strict"] == pytest.approx(sum(totals["score_course_strict_terms"]))
+    assert profil.totals_of(rows, 32)["score_course_terms"][0] == pytest.approx((22 * 2 + 243 + 23 * 32) / 32 / 5.6e6)
+
+
+def test_a_network_of_floats_has_no_strict_score():
+    totals = profil.totals_of(profil.count_layers(Small(), (4, 8, 7)))
+    assert not {"layer_bits", "score_course_strict"} & set(totals)
 
 
 def test_profiling_leaves_the_model_as_it_was():
