@@ -21,6 +21,7 @@ import cifar10
 import commandline
 import compiling
 import experiment
+import networks
 import onnx_files
 import train
 
@@ -175,7 +176,7 @@ def time_inference(network, way, batch, device_, repeats, seconds):
     if device.type == "cpu":
         compiling.keep_freed_memory()
     try:
-        model = experiment.build(**NETWORKS[network]).eval()
+        model = networks.build(**NETWORKS[network]).eval()
         forward, images, row["setup_seconds"] = prepare(way, model, batch, device)
     except (ImportError, ValueError, RuntimeError) as problem:
         return row | {"not_run": str(problem).strip().splitlines()[0]}

@@ -21,9 +21,9 @@ import checkpoint
 import cifar10
 import commandline
 import compiling
-import experiment
+import networks
 import onnx_files
-from train import load_network
+from networks import load_network
 
 HERE = Path(__file__).resolve().parent
 FORMS = {"PyTorch": ".pt.gz", "PyTorch compiled": ".pt.gz", "ONNX Runtime": ".onnx", "ONNX Runtime int8": ".int8.onnx"}
@@ -44,7 +44,7 @@ def write_dense(path, dataset):
     kind = cifar10.KINDS[dataset]
     architecture = {"name": "resnet18", "num_classes": len(kind.classes), "in_channels": kind.shape[-1],
                     "groups": 1, "shuffle": False}
-    network = checkpoint.network_of(experiment.build(**architecture), architecture)
+    network = checkpoint.network_of(networks.build(**architecture), architecture)
     checkpoint.save(path, {**network, "dataset": dataset})
 
 

@@ -26,12 +26,10 @@ import cifar10
 import commandline
 import compiling
 import filter_pruning
-import integer_inference
-import models
 import parallel
 import pruning
 import quantization
-import resnet_factorized
+from networks import architecture_of, begin_bits, build, load_start, load_teacher
 from set_pruning_train import start_search
 from set_quantization_train import after_step, evaluation_weights
 
@@ -153,77 +151,6 @@ def prepare(settings, state):
     if state is not None:
         restore(run, state)
     return run
-
-
-def load_start(model, architecture, path):
-    """Put the weights of the checkpoint --start into a network of floats, those of few bits without their steps."""
-    state = checkpoint.read(path)
-    if "integers" in state:
-        raise ValueError(f"{path} is packed: its integers do not train; start from the model.pt that it came from")
-    checkpoint.load_weights(model, quantization.without_bits(architecture), quantization.without_steps(state))
-
-
-def begin_bits(model, bits, calibration):
-    """Quantize the layers that are there; steps begin from the weights and, where given, from `calibration` images."""
-    ranges = quantization.input_ranges(model, calibration) if calibration is not None else None
-    quantization.quantize_layers(model, {name: bits[name] for name in quantization.layers_of(model)}, ranges)
-
-
-def architecture_of(settings):
-    """What rebuilds the network; ValueError for one that cannot be, or that has not the layers to exclude."""
-    kind, name = cifar10.KINDS[settings["dataset"]], settings["model"]
-    architecture = {"name": name, "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
-    if name in resnet_factorized.NETWORKS:
-        architecture |= {"groups": settings["groups"], "shuffle": settings["shuffle"]}
-    else:
-        offered = {"size": kind.shape[0], **{word: settings[word] for word in ("activation", "pooling", "shortcut")}}
-        architecture |= {word: offered[word] for word in models.arguments_of(name)}
-    with torch.device("meta"):
-        model = build(**architecture)
-        pruning.prunable(model, settings["exclude"])
-    if settings.get("weights") == "lsq":
-        architecture["bits"] = quantization.layer_bits(model, settings["weight_bits"], settings["activation_bits"],
-                                                       settings["layer_bits"])
-    return architecture
-
-
-def build(name, bits=None, **arguments):
-    """The network called `name` of resnet_factorized.py or models.py, freshly initialised.
-
-    bits: {layer: [of weights, of activations]} of one that is quantized (`quantization.layer_bits`).
-    """
-    model = (resnet_factorized if name in resnet_factorized.NETWORKS else models).build(name, **arguments)
-    return quantization.quantize_layers(model, bits) if bits else model
-
-
-def load_network(path, device="cpu"):
-    """(model in evaluation mode, the checkpoint's dictionary); the structure is read from the file.
-
-    Of an unfinished run's last.pt it is the averaged network, where there is one:
-    that is what the validation accuracy was measured on. Of a packed file it is
-    the network in integers. Its `dataset` is filled in.
-    """
-    state = checkpoint.read(path)
-    if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("weights"), dict):
-        raise ValueError(f"{path} holds no network: architecture or weights are missing")
-    state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
-    if state.get("average"):
-        state["weights"] = state["average"]
-    model = build(**state["architecture"])
-    if "integers" in state:
-        integer_inference.load_packed(model, state, path)
-    else:
-        checkpoint.load_weights(model, state["architecture"], state)
-    return model.eval().to(device), state
-
-
-def load_teacher(path, classes, device):
-    """The network that teaches, on the device, without gradients; ValueError where it tells other classes apart."""
-    teacher, state = load_network(path, device)
-    theirs = state["architecture"]["num_classes"]
-    if theirs != classes:
-        raise ValueError(f"the teacher in {path} tells {theirs} classes apart, the student {classes}")
-    return teacher.requires_grad_(False)
 
 
 def make_batches(data, kind, settings, device, generator):

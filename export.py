@@ -21,7 +21,8 @@ import integer_inference
 import onnx_files
 import quantization
 import shrinking
-from train import find_checkpoint, load_network
+from networks import load_network
+from train import find_checkpoint
 
 FORMATS = (".pt.gz", ".safetensors", ".int8.onnx", ".onnx", ".packed.gz")
 

@@ -51,8 +51,9 @@ def pack_weights(weight, bits):
 
 
 def sparse(count, nonzero, bits):
-    """Whether `count` weights, of which some are zero, take fewer bits as a bitmask and the others' codes."""
-    return nonzero < count and (bits == 1 or count + nonzero * bits < count * bits)
+    """Whether `count` weights, of which some are zero, take fewer bytes as a bitmask and the others' codes."""
+    as_mask, whole = -(-count // 8) - (-nonzero * bits // 8), -(-count * bits // 8)
+    return nonzero < count and (bits == 1 or as_mask < whole)
 
 
 def unpack_weights(packed, bits):

@@ -13,7 +13,8 @@ import torch
 import cifar10
 import commandline
 import onnx_files
-from train import find_checkpoint, load_network
+from networks import load_network
+from train import find_checkpoint
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 

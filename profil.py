@@ -32,8 +32,8 @@ import integer_inference
 import models
 import quantization
 import resnet_factorized
-from experiment import architecture_of, build
-from train import DEFAULTS, find_checkpoint, load_network
+from networks import architecture_of, build, load_network
+from train import DEFAULTS, find_checkpoint
 
 DENSE_PARAMETERS, DENSE_MACS = 11_173_962, 555_422_720    # ResNet-18, groups 1, 10 classes, 32x32
 WRN_PARAMETERS, WRN_MACS = 36_479_194, 5_243_328_768      # WRN-28-10, the reference for CIFAR-100 of MicroNet

@@ -27,7 +27,7 @@ import torch
 import checkpoint
 import cifar10
 import commandline
-import experiment
+import networks
 
 HERE = Path(__file__).resolve().parent
 PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
@@ -144,14 +144,14 @@ def row_of_result(history, path):
     """The row of the network that a run kept: the last one of its size, since a cycle ends with one that it refuses."""
     if "parameters" not in history:
         return history.iloc[-1]
-    kept = sum(parameter.numel() for parameter in experiment.load_network(path)[0].parameters())
+    kept = sum(parameter.numel() for parameter in networks.load_network(path)[0].parameters())
     return history[history["parameters"] == kept].iloc[-1]
 
 
 def parameters_of(architecture):
     """How many the network had before anything left it."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in experiment.build(**architecture).parameters())
+        return sum(parameter.numel() for parameter in networks.build(**architecture).parameters())
 
 
 def table_of(runs):

@@ -19,7 +19,8 @@ import commandline
 import compiling
 import integer_inference
 import quantization
-from train import find_checkpoint, load_network, predict
+from networks import load_network
+from train import find_checkpoint, predict
 
 
 def test_network(model, data, kind, precision, device, batch_size=500, limit=None):

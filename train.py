@@ -17,17 +17,7 @@ import commandline
 import compiling
 import parallel
 import pruning
-from experiment import (  # noqa: F401
-    autocast,
-    begin_round,
-    finish,
-    load_network,
-    newest,
-    pair_average,
-    resumable,
-    save,
-    start,
-)
+from experiment import autocast, begin_round, finish, newest, pair_average, resumable, save, start
 from set_cutmix_train import cutmix
 from set_distillation_train import distilled, teach
 from set_mixup_train import mixup

@@ -8,7 +8,7 @@ import torch
 import checkpoint
 import cifar10
 import deployment
-import experiment
+import networks
 import train
 
 
@@ -43,7 +43,7 @@ def test_every_form_of_every_network_has_a_row(trained):
 def test_accuracy_is_of_the_exported_file_and_only_of_what_was_trained(trained):
     folder, rows = trained
     data = cifar10.load("digits", str(folder / "data"))
-    model = experiment.load_network(folder / "short" / "model.pt")[0]
+    model = networks.load_network(folder / "short" / "model.pt")[0]
     batches = cifar10.Batches(data.x_test[:200], data.y_test[:200], 50, cifar10.KINDS["digits"])
     logits, labels = train.predict(model.half().float(), batches, torch.device("cpu"))
     expected = 100 * (logits.argmax(1) == labels).float().mean().item()
@@ -88,7 +88,7 @@ def test_networks_of_two_data_sets_or_one_name_are_refused(tmp_path):
     for name, dataset in (("a", "digits"), ("b", "mnist"), ("c", "digits")):
         architecture = {"name": "lenet5-student", "num_classes": 10, "in_channels": 1, "size": 28,
                         "activation": "relu", "pooling": "max"}
-        network = checkpoint.network_of(experiment.build(**architecture), architecture)
+        network = checkpoint.network_of(networks.build(**architecture), architecture)
         checkpoint.save(tmp_path / f"{name}.pt", {**network, "dataset": dataset})
     with pytest.raises(ValueError, match="digits, mnist, called a, b: they must be of one data set"):
         deployment.main([str(tmp_path / "a.pt"), str(tmp_path / "b.pt")])

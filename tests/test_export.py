@@ -9,12 +9,12 @@ from torch import nn
 import binaryconnect
 import checkpoint
 import cifar10
-import experiment
 import export
+import networks
 import onnx_files
 import shrinking
 import test as half_test
-from train import load_network
+from networks import load_network
 
 
 def test_the_compact_file_holds_the_rounded_network(trained, tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_safetensors_carry_the_structure_and_are_read_like_a_checkpoint(trained,
 def test_dead_channels_are_not_exported(tmp_path):
     architecture = {"name": "lenet5", "num_classes": 10, "in_channels": 3, "size": 32, "activation": "relu",
                     "pooling": "max"}
-    model = experiment.build(**architecture)
+    model = networks.build(**architecture)
     with torch.no_grad():
         model.linear2.weight[:, 20:] = 0
     checkpoint.save(tmp_path / "model.pt", {**checkpoint.network_of(model, architecture), "dataset": "digits"})
@@ -103,7 +103,7 @@ def test_another_ending_is_refused(trained, tmp_path):
 
 def shrunk(name, branches, **arguments):
     """A network that random channels have left: inner ones, or those of the residual branches (selective addition)."""
-    model = experiment.build(name, num_classes=10, **arguments)
+    model = networks.build(name, num_classes=10, **arguments)
     for space in model.channels():
         if bool(space.get("branch")) == branches and not space["name"].startswith("stream"):
             rows, columns = shrinking.partitions(model, space)
@@ -113,7 +113,7 @@ def shrunk(name, branches, **arguments):
 
 
 def binary():
-    model = experiment.build("resnet20", num_classes=10, in_channels=3, shortcut="A")
+    model = networks.build("resnet20", num_classes=10, in_channels=3, shortcut="A")
     with torch.no_grad():
         for name, weight in binaryconnect.binary_weights(model).items():
             weight.copy_(binaryconnect.binarize(weight, binaryconnect.scale_of(weight, "glorot"),

@@ -9,9 +9,9 @@ from conftest import run_in_parts, same
 from torch import nn
 
 import checkpoint
-import experiment
 import filter_pruning
 import models
+import networks
 import profil
 import resnet_factorized
 import test as half_test
@@ -107,7 +107,7 @@ def test_published_functions_shrink_a_network_in_somebodys_own_loop():
                                              ("resnet18", 0.9)])
 @pytest.mark.parametrize("columns", [False, True])
 def test_what_leaves_is_below_the_threshold(name, threshold, columns):
-    model = experiment.build(name).eval()
+    model = networks.build(name).eval()
     reference = copy.deepcopy(model)
     found = reduce_network(model, threshold, columns=columns)
     spaces = filter_pruning.reducible(reference)
@@ -198,7 +198,7 @@ def test_grouped_residual_network_shrinks_with_variants(tmp_path):
              "--batch-size", "16", "--filter-threshold", "0.9", "--filter-columns"]
     state = filters_run(tmp_path / "run", *flags)
     assert state["history"][-1]["parameters"] < 0.5 * 1_411_146
-    model, _ = train.load_network(tmp_path / "run" / "model.pt")
+    model, _ = networks.load_network(tmp_path / "run" / "model.pt")
     assert any(getattr(module, "positions", None) is not None for module in model.modules())
 
 

@@ -13,6 +13,7 @@ ROWS = [
     {"experiment"},
     {"set_cutmix_train", "set_mixup_train", "set_pruning_train", "set_quantization_train",
      "set_distillation_train"},
+    {"networks"},
     {"pruning", "filter_pruning", "morphnet", "binaryconnect", "quantization"},
     {"models", "onnx_files", "integer_inference"},
     {"resnet_factorized", "cifar10", "checkpoint", "commandline", "compiling", "draws",

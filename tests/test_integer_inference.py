@@ -2,6 +2,7 @@
 import gzip
 import io
 import json
+import math
 import pickle
 import random
 
@@ -13,15 +14,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import checkpoint
-import experiment
 import export
 import integer_inference
+import networks
 import predict
 import profil
 import quantization
 import test as few_bits_test
 import train
-from train import load_network
+from networks import load_network
 
 NETWORKS = [
     {"name": "resnet20", "shortcut": "A"}, {"name": "resnet20", "shortcut": "B"},
@@ -32,7 +33,7 @@ NETWORKS = [
 def network_of(images, weight_bits=2, activation_bits=4, given=(), **architecture):
     """(quantized network in evaluation mode, architecture): steps and batch norm from `images`, which it is fit to."""
     architecture = {"num_classes": 10, "in_channels": 3, **architecture}
-    model = experiment.build(**architecture)
+    model = networks.build(**architecture)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -105,8 +106,10 @@ def test_weights_come_back_and_take_the_smaller_form(bits, density, count, seed)
     packed = integer_inference.pack_weights(weight, bits)
     assert torch.equal(integer_inference.unpack_weights(packed, bits), weight)
     size = sum(len(packed[name]) for name in ("codes", "kept") if name in packed)
-    dense = -(-3 * count * bits // 8) if bits > 1 or "kept" not in packed else 10**9
-    assert size <= min(dense, 2 + (3 * count + int((weight != 0).sum()) * bits) // 8)
+    nonzero = int((weight != 0).sum())
+    masked = math.ceil(3 * count / 8) + math.ceil(nonzero * bits / 8)
+    whole = math.ceil(3 * count * bits / 8) if bits > 1 or nonzero == 3 * count else math.inf
+    assert size == min(whole, masked if nonzero < 3 * count else math.inf)
 
 
 # ---- exact sums
@@ -243,7 +246,7 @@ def test_a_packed_file_is_not_exported_again(ending, lenet, tmp_path):
 def test_what_does_not_fit_an_ending_is_refused(trained_few, tmp_path):
     plain = {"name": "lenet5", "num_classes": 10, "in_channels": 3}
     with pytest.raises(ValueError, match="few bits, this one has floats; --weights lsq trains one"):
-        export.export(experiment.build(**plain), {"architecture": plain, "dataset": "digits"}, tmp_path / "a.packed.gz")
+        export.export(networks.build(**plain), {"architecture": plain, "dataset": "digits"}, tmp_path / "a.packed.gz")
     with pytest.raises(ValueError, match="few bits already .* .packed.gz holds its integers"):
         export.main(["--checkpoint", str(trained_few / "model.pt"), "--out", str(tmp_path / "a.int8.onnx")])
     assert not list(tmp_path.iterdir())

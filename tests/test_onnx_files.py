@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-import experiment
+import networks
 import onnx_files
 import shrinking
 
@@ -18,7 +18,7 @@ def outputs(model, path, count):
     {"name": "resnet18", "groups": 8, "shuffle": True}, {"name": "mobilenet"}, {"name": "resnet20", "shortcut": "A"},
     {"name": "wrn-10-2"}, {"name": "lenet5", "activation": "gelu", "pooling": "average"}])
 def test_onnx_runtime_gives_the_same_logits_for_any_batch(architecture, tmp_path):
-    model = experiment.build(**architecture)
+    model = networks.build(**architecture)
     model.train()(torch.randn(8, 3, 32, 32))             # statistics that are not those of the start
     onnx_files.write_onnx(model, tmp_path / "model.onnx", (3, 32, 32))
     assert model.training
@@ -28,7 +28,7 @@ def test_onnx_runtime_gives_the_same_logits_for_any_batch(architecture, tmp_path
 
 
 def test_shrunk_blocks_are_written_as_they_are(tmp_path):
-    model = experiment.build("resnet18").eval()
+    model = networks.build("resnet18").eval()
     for space in model.channels():
         if not space["name"].startswith("stream"):
             rows, columns = shrinking.partitions(model, space)
@@ -42,7 +42,7 @@ def test_shrunk_blocks_are_written_as_they_are(tmp_path):
 
 
 def test_int8_is_a_quarter_and_close(tmp_path):
-    model = experiment.build("resnet20").eval()
+    model = networks.build("resnet20").eval()
     path, small = tmp_path / "model.onnx", tmp_path / "int8.onnx"
     onnx_files.write_onnx(model, path, (3, 32, 32))
     onnx_files.quantize_onnx(path, small, (torch.randn(16, 3, 32, 32) for _ in range(4)))

@@ -8,6 +8,7 @@ from PIL import Image
 
 import cifar10
 import export
+import networks
 import predict
 import train
 
@@ -26,11 +27,11 @@ def test_a_folder_of_pictures_is_classified_as_the_images_are(ending, trained, d
     folder, images, labels = digit_pictures
     path = trained / "model.pt"
     if ending == "onnx":
-        export.export(*train.load_network(path), tmp_path / "model.onnx")
+        export.export(*networks.load_network(path), tmp_path / "model.onnx")
         path = tmp_path / "model.onnx"
     predict.main([str(folder), "--checkpoint", str(path), "--dataset", "digits", "--json", "--top", "10"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    model, _ = train.load_network(trained / "model.pt")
+    model, _ = networks.load_network(trained / "model.pt")
     batches = cifar10.Batches(images, labels, 8, cifar10.KINDS["digits"])
     shares = train.predict(model, batches, torch.device("cpu"))[0].softmax(1)
     assert [row["picture"].rsplit("/", 1)[1] for row in rows] == [f"{number}.png" for number in range(8)]

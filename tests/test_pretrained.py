@@ -6,7 +6,8 @@ from conftest import ROOT
 
 import pruning
 import test as half_test
-from train import SHIPPED, load_network
+from networks import load_network
+from train import SHIPPED
 
 
 @pytest.fixture(scope="module")

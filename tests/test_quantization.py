@@ -12,11 +12,12 @@ from torch import nn
 import checkpoint
 import experiment
 import export
+import networks
 import pruning
 import quantization
 import train
 import train_pruning
-from train import load_network
+from networks import load_network
 
 DIGITS = shlex.split("--dataset digits --compile off --device cpu --model lenet5")
 LAYERS = ["conv1", "conv2", "linear1", "linear2", "linear3"]
@@ -24,7 +25,7 @@ LAYERS = ["conv1", "conv2", "linear1", "linear2", "linear3"]
 
 def lenet(bits=None, **arguments):
     """LeNet-5 for digits."""
-    return experiment.build(name="lenet5", num_classes=10, in_channels=3, bits=bits, **arguments)
+    return networks.build(name="lenet5", num_classes=10, in_channels=3, bits=bits, **arguments)
 
 
 def few(outputs=3, inputs=5, bits=(2, 4), extent=(0.5, 0.0, 2.0)):
@@ -161,7 +162,7 @@ def test_first_weight_steps():
 
 
 def test_first_activation_steps_come_from_images_and_leave_the_network_alone():
-    model = experiment.build(name="resnet20", num_classes=10, in_channels=3)
+    model = networks.build(name="resnet20", num_classes=10, in_channels=3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images = torch.randn(8, 3, 16, 16)
     ranges = quantization.input_ranges(model, [(images, None)] * 3)
@@ -201,13 +202,13 @@ def test_quantized_layers_are_found_by_every_technique():
 
 def test_eight_bits_are_close_to_float():
     torch.manual_seed(1)
-    model, images = experiment.build(name="resnet20", num_classes=10, in_channels=3), torch.randn(16, 3, 16, 16)
+    model, images = networks.build(name="resnet20", num_classes=10, in_channels=3), torch.randn(16, 3, 16, 16)
     torch.optim.swa_utils.update_bn([images], model)
     with torch.no_grad():
         expected = model.eval()(images)
         errors = []
         for bits in (8, 4):
-            other = experiment.build(name="resnet20", num_classes=10, in_channels=3)
+            other = networks.build(name="resnet20", num_classes=10, in_channels=3)
             other.load_state_dict(model.state_dict())
             ranges = quantization.input_ranges(other, [(images, None)])
             quantization.quantize_layers(other, quantization.layer_bits(other, bits, bits), ranges)
@@ -324,7 +325,7 @@ def test_forced_settings_leave_the_steps_without_decay(tmp_path):
 def test_a_compact_file_holds_the_same_integers_and_fewer_channels(tmp_path):
     architecture = {"name": "lenet5", "num_classes": 10, "in_channels": 3, "size": 32, "activation": "relu",
                     "pooling": "max", "bits": quantization.layer_bits(lenet(), 3, 4)}
-    model, images = experiment.build(**architecture), torch.rand(4, 3, 32, 32)
+    model, images = networks.build(**architecture), torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         model.linear2.weight[:, 20:] = 0
     checkpoint.save(tmp_path / "model.pt", {**checkpoint.network_of(model, architecture), "dataset": "digits"})

@@ -17,6 +17,7 @@ from conftest import Stop, run_in_parts, same, stop_after_a_save
 import checkpoint
 import commandline
 import experiment
+import networks
 import pruning
 import train
 import train_pruning
@@ -220,7 +221,7 @@ def test_pruned_weights_are_zero_in_every_file(finished):
     for state in finished.states[2:]:
         assert_zeros(state, state["masks"])
         buffers = [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()]
-        parameters = dict(train.load_network(finished.out / "model.pt")[0].named_parameters())
+        parameters = dict(networks.load_network(finished.out / "model.pt")[0].named_parameters())
         for name, buffer in zip(parameters, buffers, strict=True):
             assert name not in state["masks"] or bool((buffer[~state["masks"][name]] == 0).all()), name
     masks = finished.states[-1]["masks"]
@@ -238,7 +239,7 @@ def test_sparsity_compounds_and_never_falls(finished):
     assert shares == pytest.approx([0.7, 0.91, 0.91], abs=1e-4)
     recorded = [float(row["sparsity"]) for row in history_of(finished.out)]
     assert recorded[:2] == [0, 0] and recorded[2:] == pytest.approx(shares, abs=2e-5)
-    model = train.load_network(finished.out / "model.pt")[0]
+    model = networks.load_network(finished.out / "model.pt")[0]
     assert pruning.sparsity_of(model) == pytest.approx(0.91, abs=1e-4)
 
 

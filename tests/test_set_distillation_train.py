@@ -10,6 +10,7 @@ from torch import nn
 
 import checkpoint
 import experiment
+import networks
 import train
 import train_pruning
 from set_distillation_train import distilled, teach
@@ -70,9 +71,9 @@ def test_a_step_mixes_both_losses_and_leaves_the_teacher(teacher, tmp_path):
         losses[weight] = train.train_step(run, images[:32], labels[:32], 0)[0].item()
         assert same(before, checkpoint.weights_of(run.teacher))
     assert losses["0.5"] == pytest.approx((losses["0"] + losses["1"]) / 2, rel=1e-4)
-    model, _ = train.load_network(teacher)
+    model, _ = networks.load_network(teacher)
     torch.manual_seed(0)
-    student = experiment.build("lenet5-student")
+    student = networks.build("lenet5-student")
     with torch.no_grad():
         alone = F.cross_entropy(student(images[:32]), labels[:32], label_smoothing=0.1).item()
     assert losses["0"] == pytest.approx(alone, rel=1e-4) and not model.training
@@ -90,7 +91,7 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at nowhere.pt"):
         train.main([*flags, "--teacher", "nowhere.pt"])
     architecture = {"name": "lenet5-student", "num_classes": 7}
-    checkpoint.save(tmp_path / "seven.pt", checkpoint.network_of(experiment.build(**architecture), architecture))
+    checkpoint.save(tmp_path / "seven.pt", checkpoint.network_of(networks.build(**architecture), architecture))
     with pytest.raises(ValueError, match="seven.pt tells 7 classes apart, the student 10"):
         train.main([*flags, "--teacher", str(tmp_path / "seven.pt")])
     with pytest.raises(ValueError, match="--temperature 0"):

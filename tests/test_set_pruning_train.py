@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import experiment
 import morphnet
+import networks
 import profil
 import set_pruning_train
 import train
@@ -38,8 +39,8 @@ def macs_of(model):
 
 def test_the_structure_is_within_the_budget_and_is_what_was_trained(morphed, capsys):
     out, state = morphed
-    model, _ = train.load_network(out / "model.pt")
-    whole = macs_of(experiment.build("resnet20"))
+    model, _ = networks.load_network(out / "model.pt")
+    whole = macs_of(networks.build("resnet20"))
     assert 0.4 * whole < macs_of(model) <= 0.5 * whole
     structure = morphnet.read_structure(out / "structure-1.json")
     for space in morphnet.spaces_of(model):
@@ -97,7 +98,7 @@ def test_latency_and_parameters_are_costs_too(tmp_path):
 def test_filters_leave_on_their_epochs_only():
     settings = {"filter_interval": 2, "filter_stop": 0.5, "epochs": [8], "filter_threshold": 0.99,
                 "filter_relative": True, "filter_columns": False, "filter_one_layer": True}
-    model = experiment.build("lenet5")
+    model = networks.build("lenet5")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     left = [set_pruning_train.reduce_filters(settings, epoch, model, None, optimizer, {}) for epoch in range(1, 9)]
     assert [bool(text) for text in left] == [False, True, False, True, False, False, False, False]

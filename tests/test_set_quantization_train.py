@@ -6,7 +6,7 @@ import export
 import profil
 import test as half_test
 import train_pruning
-from train import load_network
+from networks import load_network
 
 
 @pytest.fixture(scope="module")

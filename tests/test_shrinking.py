@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import checkpoint
-import experiment
 import models
+import networks
 import resnet_factorized
 import shrinking
 
@@ -23,7 +23,7 @@ def network(name, groups, shuffle):
     """An architecture and its network in evaluation mode, with batch norm that is far from doing nothing."""
     torch.manual_seed(0)
     architecture = {"name": name} | ({"groups": groups, "shuffle": shuffle} if groups else {})
-    model = experiment.build(**architecture).eval()
+    model = networks.build(**architecture).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -73,7 +73,7 @@ def test_shrunk_equals_masked_for_random_channels_twice(name, groups, shuffle, s
         expected = masked(images)
         torch.testing.assert_close(shrunk(images), expected, atol=1e-5 * max(1, expected.abs().max().item()), rtol=0)
     assert sum(p.numel() for p in shrunk.parameters()) < before
-    again = experiment.build(**architecture).eval()
+    again = networks.build(**architecture).eval()
     checkpoint.load_weights(again, architecture, checkpoint.network_of(shrunk, architecture))
     assert torch.equal(again(images), shrunk(images))
 

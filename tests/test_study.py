@@ -12,6 +12,7 @@ import torch
 import checkpoint
 import experiment
 import export
+import networks
 import profil
 import shrinking
 import study
@@ -133,7 +134,7 @@ def test_epochs_get_faster_where_channels_leave(tmp_path, monkeypatch):
                     "pooling": "max"}
     (folder / "config.json").write_text(json.dumps({"settings": {"limit": None}, "device": "cpu", "started": "now",
                                                     "versions": {"torch": "2"}, "architecture": architecture}))
-    model = experiment.build(**architecture)
+    model = networks.build(**architecture)
     space = model.channels()[-1]
     shrinking.remove(model, space, torch.arange(40))         # of 84: 44 x 121 weights and biases, 44 x 10 leave
     checkpoint.save(folder / "model.pt", checkpoint.network_of(model, architecture))

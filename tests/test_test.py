@@ -6,8 +6,8 @@ import torch
 import checkpoint
 import cifar10
 import test as half_test
+from networks import load_network
 from resnet_factorized import build
-from train import load_network
 
 
 def test_table_and_confusion_count_every_image(trained, capsys):

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import checkpoint
 import commandline
 import experiment
+import networks
 import profil
 import pruning
 import report
@@ -461,7 +462,7 @@ def test_average_follows_a_network_that_shrinks(tmp_path, monkeypatch):
                 "averaging": "ema", "pruning": "filters", "filter_interval": 1, "filter_threshold": 0.9}
     batches = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,))) for _ in range(2)]
     architecture = {"name": "lenet5", "num_classes": 10, "in_channels": 3, "size": 32}
-    model = experiment.build(**architecture)
+    model = networks.build(**architecture)
     run = experiment.Run(settings, tmp_path, CPU, architecture, model, torch.Generator(), batches, batches,
                          forward=model)
     experiment.begin_round(run)
@@ -591,7 +592,7 @@ def test_excluded_layers_keep_all_their_weights(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train_pruning.main([*SHORT, "--epochs", "1", "1", "--sparsity", "0.9", "--pruning", kind, "--exclude", "conv1",
                         "linear", "--limit", "16", "--batch-size", "8", "--prune-frequency", "1", "--out", "run"])
-    model, masks = train.load_network("run/model.pt")[0], checkpoint.read("run/last.pt")["masks"]
+    model, masks = networks.load_network("run/model.pt")[0], checkpoint.read("run/last.pt")["masks"]
     assert bool((model.conv1.weight != 0).all()) and bool((model.linear.weight != 0).all())
     pruned = pruning.prunable(model, ["conv1", "linear"])
     total = sum(weight.numel() for weight in pruned.values())
@@ -643,7 +644,7 @@ def test_cifar100_through_the_whole_job(tmp_path, monkeypatch, capsys):
 def test_pruning_run_leaves_nine_percent_in_every_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train_pruning.main([*SHORT, "--epochs", "1", "1", "1", "--limit", "32", "--batch-size", "16", "--out", "run"])
-    model, state = train.load_network("run/model.pt")
+    model, state = networks.load_network("run/model.pt")
     last = checkpoint.read("run/last.pt")
     total = sum(weight.numel() for weight in pruning.prunable(model).values())
     left = total - round(0.7 * total)
@@ -668,7 +669,7 @@ def test_gradual_pruning_reaches_its_sparsity(kind, end, tmp_path, monkeypatch):
     state = checkpoint.read("run/last.pt")
     total = sum(mask.numel() for mask in state["masks"].values())
     assert sum(int(mask.sum()) for mask in state["masks"].values()) == total - round(0.9 * total)
-    assert pruning.sparsity_of(train.load_network("run/model.pt")[0]) == round(0.9 * total) / total
+    assert pruning.sparsity_of(networks.load_network("run/model.pt")[0]) == round(0.9 * total) / total
 
 
 def test_the_seed_decides_a_run(tmp_path, monkeypatch):
