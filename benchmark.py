@@ -224,13 +224,14 @@ def markdown_of(rows):
     """The table for a README: a line a network and way, a column a batch."""
     batches = sorted({row["batch"] for row in rows})
     lines = ["| network | way | " + " | ".join(f"images/s, batch {batch}" for batch in batches)
-             + " | times faster, batch 1 |", "|---" * (len(batches) + 3) + "|"]
+             + " | times faster, batch 1 | seconds to set up |", "|---" * (len(batches) + 4) + "|"]
     for network, way in dict.fromkeys((row["network"], row["way"]) for row in rows):
         found = {row["batch"]: row for row in rows if (row["network"], row["way"]) == (network, way)}
         cells = [f"{found[batch]['images_per_second']['median']:.0f}" if "milliseconds" in found.get(batch, {})
                  else "not run" for batch in batches]
-        faster = found.get(1, {}).get("times_faster")
-        lines.append(f"| {network} | {way} | {' | '.join(cells)} | {'' if faster is None else f'{faster:.1f}'} |")
+        faster, setup = found.get(1, {}).get("times_faster"), next(iter(found.values())).get("setup_seconds")
+        cells += ["" if number is None else f"{number:.1f}" for number in (faster, setup)]
+        lines.append(f"| {network} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

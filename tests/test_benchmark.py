@@ -57,4 +57,4 @@ def test_what_cannot_run_says_why_and_is_not_compared(monkeypatch):
     row = benchmark.time_inference("LeNet-5", "compiled", 1, "cpu", 1, 0.01)
     assert row["not_run"] == "no C++ compiler found" and "milliseconds" not in row
     table = benchmark.markdown_of([row])
-    assert "| LeNet-5 | compiled | not run |  |" in table
+    assert "| LeNet-5 | compiled | not run |  |  |" in table
