@@ -2,10 +2,11 @@
 
 Each network is exported by export.py, and every file is used as it would be: the
 compact one in PyTorch, eager and compiled, the ONNX files in ONNX Runtime, in
-float32 and int8. A row says what that file gives on all test images, its bytes,
-and the milliseconds that one image takes, all in one run; dense ResNet-18, eager
-in PyTorch and untrained, is what they are compared with. --json writes the
-numbers, with a table (.md) and a plot (.png) beside them.
+float32 and int8; of few bits the packed one, in exact integers. A row says what
+that file gives on all test images, its bytes, and the milliseconds that one image
+takes, all in one run; dense ResNet-18, eager in PyTorch and untrained, is what they
+are compared with. --json writes the numbers, with a table (.md) and a plot (.png)
+beside them.
 """
 import json
 import multiprocessing
@@ -26,7 +27,8 @@ import onnx_files
 from networks import load_network
 
 HERE = Path(__file__).resolve().parent
-FORMS = {"PyTorch": ".pt.gz", "PyTorch compiled": ".pt.gz", "ONNX Runtime": ".onnx", "ONNX Runtime int8": ".int8.onnx"}
+FORMS = {"PyTorch": ".pt.gz", "PyTorch compiled": ".pt.gz", "ONNX Runtime": ".onnx", "ONNX Runtime int8": ".int8.onnx",
+         "packed integers": ".packed.gz"}
 DENSE = "ResNet-18 dense, untrained"
 
 
@@ -37,6 +39,12 @@ def named(given):
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     return (name if found else path.parent.name if path.name == "model.pt" else path.name.split(".")[0]), path
+
+
+def forms_of(source):
+    """The forms that a network is written in: of few bits its own integers, of floats those that ONNX Runtime finds."""
+    bits = "bits" in load_network(source)[1]["architecture"]
+    return [form for form in FORMS if form != ("ONNX Runtime int8" if bits else "packed integers")]
 
 
 def write_dense(path, dataset):
@@ -91,7 +99,8 @@ def measure(name, source, folder, data, arguments):
     """The rows of one network, a form each. Only what was trained is tested."""
     profile = json.loads(call(["profil.py", "--checkpoint", str(source), "--json"]))
     kind, rows, accuracies = cifar10.KINDS[arguments.dataset], [], {}
-    for form, ending in FORMS.items():
+    for form in forms_of(source):
+        ending = FORMS[form]
         path = Path(folder) / f"network{ending}"
         if ending not in accuracies:
             call(["export.py", "--checkpoint", str(source), "--out", str(path), "--data", arguments.data,
@@ -147,7 +156,7 @@ def draw(path, rows):
     shown = [row for row in rows if row["accuracy"] is not None and "milliseconds" in row]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    networks, markers = list(dict.fromkeys(row["network"] for row in shown)), dict(zip(FORMS, "osD^", strict=True))
+    networks, markers = list(dict.fromkeys(row["network"] for row in shown)), dict(zip(FORMS, "osD^v", strict=False))
     for row in shown:
         axes.scatter(row["milliseconds"]["median"], row["accuracy"], s=20 + row["bytes"] / 20_000, alpha=0.7,
                      marker=markers[row["form"]], color=f"C{networks.index(row['network'])}",
