@@ -4,13 +4,12 @@
     state = read("runs/a/last.pt")       # plain types and tensors, or one clear error
     load_weights(model, state)
 
-A file is one dictionary of plain types and tensors. `compact` packs a network
+A file is one dictionary of plain types and tensors. `packing.compact` packs a network
 for shipping: half precision, zeros as one bit each, the whole compressed.
 """
 import gzip
 import io
 import json
-import math
 import os
 import signal
 import threading
@@ -19,9 +18,10 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
+
+import packing
 
 FORMAT = 1
 LARGEST = 2**31      # bytes that a compressed file may expand to
@@ -134,7 +134,7 @@ def read(path):
     if state["format"] > FORMAT:
         raise ValueError(f"{path} has format {state['format']}; this version reads up to {FORMAT}: update the project")
     try:
-        return expand(state)
+        return packing.expand(state)
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as problem:
         raise ValueError(f"{path} is damaged: its weights cannot be unpacked ({problem}){offer(path)}") from None
 
@@ -301,7 +301,7 @@ def layer_like(layer, width, weight=None):
 # ---- compact files
 
 def save_compact(path, network):
-    """Write a network in half precision, zeros as one bit each, compressed; see `compact`."""
+    """Write a network in half precision, zeros as one bit each, compressed; see `packing.compact`."""
     write(path, compact_bytes(network))
 
 
@@ -328,88 +328,7 @@ def read_safetensors(path, content):
 
 
 def compact_bytes(network):
-    """The bytes of a compact file: `compact`, as an archive, through gzip."""
+    """The bytes of a compact file: `packing.compact`, as an archive, through gzip."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **network, "weights": compact(network["weights"])}, buffer)
+    torch.save({"format": FORMAT, **network, "weights": packing.compact(network["weights"])}, buffer)
     return gzip.compress(buffer.getvalue(), 9, mtime=0)
-
-
-def compact(weights):
-    """{name: tensor} in half precision; a tensor with zeros, or of one magnitude, is packed (see `pack`).
-
-    Raises ValueError with the tensors whose values half precision cannot hold.
-    """
-    return {name: pack(tensor) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
-            for name, tensor in to_half(weights).items()}
-
-
-def to_half(weights):
-    """Floating tensors rounded to half precision; ValueError that names those that overflow it."""
-    refuse_overflow(weights, torch.float16)
-    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-
-
-def refuse_overflow(weights, dtype):
-    """ValueError with the floating tensors that `dtype` cannot hold, or not finite, and their largest value."""
-    limit = torch.finfo(dtype).max
-    large = [f"{name} (largest {tensor.abs().max().item():.3g})" for name, tensor in weights.items()
-             if tensor.is_floating_point() and tensor.numel() and not bool((tensor.abs() <= limit).all())]
-    if large:
-        raise ValueError(f"{str(dtype).split('.')[-1]} holds up to {limit:.5g}; beyond it or not finite: "
-                         f"{', '.join(large)}")
-
-
-def pack(tensor):
-    """A tensor as its shape and what is needed to rebuild it exactly.
-
-    kept: one bit an entry, where some are zero; positive and height: one bit an
-    entry that is not zero, where these have one magnitude; else values: themselves.
-    """
-    kept = tensor != 0
-    values = tensor[kept]
-    packed = {"shape": list(tensor.shape)}
-    if not bool(kept.all()):
-        packed["kept"] = pack_bits(kept)
-    if values.numel() > 1 and bool((values.abs() == values[0].abs()).all()):
-        return packed | {"height": values[0].abs(), "positive": pack_bits(values > 0)}
-    return packed | {"values": values}
-
-
-def unpack(packed):
-    """The tensor that `pack` took; ValueError where the counts of bits and values contradict each other."""
-    shape, count = packed["shape"], math.prod(packed["shape"])
-    kept = unpack_bits(packed["kept"], count) if "kept" in packed else torch.ones(count, dtype=torch.bool)
-    if "height" in packed:
-        height = packed["height"]
-        values = torch.where(unpack_bits(packed["positive"], int(kept.sum())), height, -height)
-    else:
-        values = packed["values"].flatten()
-    if len(values) != int(kept.sum()):
-        raise ValueError(f"{len(values)} values for {int(kept.sum())} places")
-    tensor = torch.zeros(count, dtype=values.dtype)
-    tensor[kept] = values
-    return tensor.view(shape)
-
-
-def pack_bits(flags):
-    """Bool tensor of any shape -> uint8 tensor, eight flags a byte, the first one highest."""
-    return torch.from_numpy(np.packbits(flags.flatten().numpy()))
-
-
-def unpack_bits(packed, count):
-    """The first `count` flags of `pack_bits`, as a bool tensor of one dimension; ValueError for other counts."""
-    if packed.dtype != torch.uint8 or packed.numel() != -(-count // 8):
-        raise ValueError(f"{packed.numel()} bytes of {packed.dtype} for {count} bits")
-    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool))
-
-
-def expand(state):
-    """A checkpoint with its packed tensors unpacked; ValueError where its weights are no tensors."""
-    if "weights" not in state:
-        return state
-    weights = {name: unpack(tensor) if isinstance(tensor, dict) else tensor
-               for name, tensor in state["weights"].items()}
-    wrong = [name for name, tensor in weights.items() if not isinstance(tensor, torch.Tensor)]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is no tensor")
-    return {**state, "weights": weights}

@@ -19,6 +19,7 @@ import cifar10
 import commandline
 import integer_inference
 import onnx_files
+import packing
 import quantization
 import shrinking
 from networks import load_network
@@ -56,7 +57,7 @@ def export(model, state, target, data=None):
         forward, _ = load_network(target)
         refuse_difference(target, forward.state_dict(), expected)
     else:
-        save, expected = ((checkpoint.save_compact, checkpoint.to_half(network["weights"])) if ending == ".pt.gz"
+        save, expected = ((checkpoint.save_compact, packing.to_half(network["weights"])) if ending == ".pt.gz"
                           else (checkpoint.save_safetensors, network["weights"]))
         save(target, network)
         forward, written = load_network(target)

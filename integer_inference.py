@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import checkpoint
+import packing
 
 # ---- integers packed to their bits
 
@@ -33,7 +34,7 @@ def pack_integers(codes, bits):
 
 def unpack_integers(packed, bits, count):
     """The `count` integers of `pack_integers`, (count,) uint8; ValueError where the number of bytes is another."""
-    flags = checkpoint.unpack_bits(packed, count * bits).numpy().reshape(count, bits)
+    flags = packing.unpack_bits(packed, count * bits).numpy().reshape(count, bits)
     return torch.from_numpy(np.packbits(np.pad(flags, ((0, 0), (8 - bits, 0))), axis=1)[:, 0].copy())
 
 
@@ -45,7 +46,7 @@ def pack_weights(weight, bits):
     """
     kept, packed = weight != 0, {"shape": list(weight.shape)}
     if sparse(weight.numel(), int(kept.sum()), bits):
-        packed["kept"], weight = checkpoint.pack_bits(kept), weight[kept]
+        packed["kept"], weight = packing.pack_bits(kept), weight[kept]
     codes = (weight.to(torch.int16) + 1) // 2 if bits == 1 else weight.to(torch.int16) + 2 ** (bits - 1)
     return packed | {"codes": pack_integers(codes, bits)}
 
@@ -60,7 +61,7 @@ def unpack_weights(packed, bits):
     """The int8 tensor that `pack_weights` took; ValueError where shape, bits and bytes contradict each other."""
     shape = packed["shape"]
     count = int(np.prod(shape, dtype=object))
-    kept = checkpoint.unpack_bits(packed["kept"], count) if "kept" in packed else torch.ones(count, dtype=torch.bool)
+    kept = packing.unpack_bits(packed["kept"], count) if "kept" in packed else torch.ones(count, dtype=torch.bool)
     codes = unpack_integers(packed["codes"], bits, int(kept.sum())).to(torch.int16)
     weight = torch.zeros(count, dtype=torch.int8)
     weight[kept] = (2 * codes - 1 if bits == 1 else codes - 2 ** (bits - 1)).to(torch.int8)
@@ -121,7 +122,7 @@ def packed(model, network):
         raise ValueError("a packed file holds a network of few bits, this one has floats; --weights lsq trains one")
     norms = folded_norms(model)
     inside = tuple(f"{name}." for name in (*layers, *norms.values()))
-    checkpoint.refuse_overflow(model.state_dict(), torch.float32)
+    packing.refuse_overflow(model.state_dict(), torch.float32)
     entries = {name: packed_layer(layer, model.get_submodule(norms[name]) if name in norms else None)
                for name, layer in layers.items()}
     for name, entry in entries.items():

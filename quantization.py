@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
+import packing
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 STEPS = ("weight_step", "activation_step", "activation_offset")      # parameters of a quantized layer
@@ -45,7 +45,7 @@ def set_precision(model, precision, device):
         kind = "computed exactly" if any(hasattr(layer, "scale") for layer in model.modules()) else "simulated"
         return torch.float32, f"weights and activations of {few} to {many} bits, integers {kind}"
     dtype = DTYPES[precision]
-    checkpoint.refuse_overflow(model.state_dict(), dtype)
+    packing.refuse_overflow(model.state_dict(), dtype)
     if device.type == "cuda" or precision == "float":
         model.to(dtype)
         return dtype, f"weights and arithmetic in {precision} precision"

@@ -18,6 +18,7 @@ import cifar10
 import commandline
 import compiling
 import integer_inference
+import packing
 import quantization
 from networks import load_network
 from train import find_checkpoint, predict
@@ -57,8 +58,8 @@ def bytes_of(path, model, network):
 
 
 def sizes_of(network):
-    """Bytes of the network as a file on disk: in float32, in half precision, and compact (`checkpoint.compact`)."""
-    halves = checkpoint.to_half(network["weights"])
+    """Bytes of the network as a file on disk: in float32, in half precision, and compact (`packing.compact`)."""
+    halves = packing.to_half(network["weights"])
     singles = {name: tensor.float() if tensor.is_floating_point() else tensor
                for name, tensor in network["weights"].items()}
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import checkpoint
+import packing
 from resnet_factorized import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -508,7 +509,7 @@ def test_compact_keeps_zeros_and_rounds_the_rest(values, form, dtype):
     tensor = torch.tensor(values, dtype=torch.float32).to(dtype)
     tensor = [tensor, tensor.view(1, -1, 1), tensor[:len(values) // 2 * 2].view(2, -1).t()][form]
     weights = {"a": tensor, "steps": torch.tensor([0, 3])}
-    state = checkpoint.expand({"weights": checkpoint.compact(weights)})
+    state = packing.expand({"weights": packing.compact(weights)})
     found = state["weights"]["a"]
     assert found.dtype == torch.float16 and torch.equal(found, tensor.half())
     assert bool((found[tensor == 0] == 0).all())

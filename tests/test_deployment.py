@@ -63,7 +63,7 @@ def test_sizes_and_ratios_are_what_is_on_disk_and_was_timed(trained):
     assert dense["times_faster"] == 1 and ours["times_faster"] > 3       # a thousandth of the operations
     assert dense["macs"] > 100 * ours["macs"] and ours["parameters"] == ours["nonzero"] == 11_396
     assert 44_700_000 < dense["bytes"] * dense["times_smaller"] < 45_200_000
-    assert 2 * 11_396 < ours["bytes"] + 5_000 and rows["short", "ONNX Runtime int8"]["bytes"] > 11_396
+    assert ours["bytes"] + 5_000 > 2 * 11_396 and rows["short", "ONNX Runtime int8"]["bytes"] > 11_396
 
 
 def test_table_and_plot_are_written(trained):

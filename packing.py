@@ -1,0 +1,92 @@
+"""Weights as fewer bytes: half precision, zeros as one bit each, weights of one magnitude as signs.
+
+    packed = compact(weights)                   # {name: tensor, or a dictionary of what rebuilds it}
+    weights = expand({"weights": packed})["weights"]
+
+A compact file is these, as an archive, compressed (`checkpoint.save_compact`).
+"""
+import math
+
+import numpy as np
+import torch
+
+
+def compact(weights):
+    """{name: tensor} in half precision; a tensor with zeros, or of one magnitude, is packed (see `pack`).
+
+    Raises ValueError with the tensors whose values half precision cannot hold.
+    """
+    return {name: pack(tensor) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+            for name, tensor in to_half(weights).items()}
+
+
+def to_half(weights):
+    """Floating tensors rounded to half precision; ValueError that names those that overflow it."""
+    refuse_overflow(weights, torch.float16)
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+def refuse_overflow(weights, dtype):
+    """ValueError with the floating tensors that `dtype` cannot hold, or not finite, and their largest value."""
+    limit = torch.finfo(dtype).max
+    large = [f"{name} (largest {tensor.abs().max().item():.3g})" for name, tensor in weights.items()
+             if tensor.is_floating_point() and tensor.numel() and not bool((tensor.abs() <= limit).all())]
+    if large:
+        raise ValueError(f"{str(dtype).split('.')[-1]} holds up to {limit:.5g}; beyond it or not finite: "
+                         f"{', '.join(large)}")
+
+
+def pack(tensor):
+    """A tensor as its shape and what is needed to rebuild it exactly.
+
+    kept: one bit an entry, where some are zero; positive and height: one bit an
+    entry that is not zero, where these have one magnitude; else values: themselves.
+    """
+    kept = tensor != 0
+    values = tensor[kept]
+    packed = {"shape": list(tensor.shape)}
+    if not bool(kept.all()):
+        packed["kept"] = pack_bits(kept)
+    if values.numel() > 1 and bool((values.abs() == values[0].abs()).all()):
+        return packed | {"height": values[0].abs(), "positive": pack_bits(values > 0)}
+    return packed | {"values": values}
+
+
+def unpack(packed):
+    """The tensor that `pack` took; ValueError where the counts of bits and values contradict each other."""
+    shape, count = packed["shape"], math.prod(packed["shape"])
+    kept = unpack_bits(packed["kept"], count) if "kept" in packed else torch.ones(count, dtype=torch.bool)
+    if "height" in packed:
+        height = packed["height"]
+        values = torch.where(unpack_bits(packed["positive"], int(kept.sum())), height, -height)
+    else:
+        values = packed["values"].flatten()
+    if len(values) != int(kept.sum()):
+        raise ValueError(f"{len(values)} values for {int(kept.sum())} places")
+    tensor = torch.zeros(count, dtype=values.dtype)
+    tensor[kept] = values
+    return tensor.view(shape)
+
+
+def pack_bits(flags):
+    """Bool tensor of any shape -> uint8 tensor, eight flags a byte, the first one highest."""
+    return torch.from_numpy(np.packbits(flags.flatten().numpy()))
+
+
+def unpack_bits(packed, count):
+    """The first `count` flags of `pack_bits`, as a bool tensor of one dimension; ValueError for other counts."""
+    if packed.dtype != torch.uint8 or packed.numel() != -(-count // 8):
+        raise ValueError(f"{packed.numel()} bytes of {packed.dtype} for {count} bits")
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool))
+
+
+def expand(state):
+    """A checkpoint with its packed tensors unpacked; ValueError where its weights are no tensors."""
+    if "weights" not in state:
+        return state
+    weights = {name: unpack(tensor) if isinstance(tensor, dict) else tensor
+               for name, tensor in state["weights"].items()}
+    wrong = [name for name, tensor in weights.items() if not isinstance(tensor, torch.Tensor)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is no tensor")
+    return {**state, "weights": weights}
