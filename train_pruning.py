@@ -156,10 +156,10 @@ def l1_cycle(run):
 
 
 def steps_of(run):
-    """The history of an L1 cycle, a row a round, as `filter_pruning.Pruner` has it."""
+    """The history of an L1 cycle, a row a round, as `filter_pruning.Pruner` has it; seconds are of one epoch."""
     rounds = [list(rows) for _, rows in groupby(run.history, key=lambda row: row["round"])]
     return [{"step": step, "parameters": rows[-1]["parameters"], "loss": rows[-1]["validation_loss"],
-             "seconds": sum(row["seconds"] for row in rows)} for step, rows in enumerate(rounds)]
+             "seconds": sum(row["seconds"] for row in rows) / len(rows)} for step, rows in enumerate(rounds)]
 
 
 def main(argv):
