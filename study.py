@@ -204,9 +204,10 @@ def draw_accuracy(path, table, title):
         axes.errorbar(rows["validation_accuracy"], [places[name] for name in rows["arm"]], fmt="o", capsize=3,
                       xerr=rows["validation_accuracy_sd"].fillna(0), label=group)
     for row in table.itertuples():
-        axes.annotate(f"{row.validation_accuracy:.1f}", (row.validation_accuracy, places[row.arm]), xytext=(0, 6),
+        axes.annotate(f"{row.validation_accuracy:.2f}", (row.validation_accuracy, places[row.arm]), xytext=(0, 6),
                       textcoords="offset points", ha="center", fontsize=7)
     axes.set_yticks(list(places.values()), list(places))
+    axes.set_ylim(0.4, len(table) + 0.9)                     # room for the number above the first arm
     axes.grid(axis="x", alpha=0.4)
     axes.set(xlabel="validation accuracy (%)")
     axes.set_title(title, fontsize=9)
