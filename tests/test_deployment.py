@@ -60,7 +60,8 @@ def test_accuracy_is_of_the_exported_file_and_only_of_what_was_trained(trained):
 def test_sizes_and_ratios_are_what_is_on_disk_and_was_timed(trained):
     rows = {(row["network"], row["form"]): row for row in trained[1]}
     dense, ours = rows[deployment.DENSE, "PyTorch"], rows["short", "PyTorch"]
-    assert dense["times_faster"] == 1 and ours["times_faster"] > 3       # a thousandth of the operations
+    assert dense["times_faster"] == 1
+    assert ours["times_faster"] == dense["milliseconds"]["median"] / ours["milliseconds"]["median"]
     assert dense["macs"] > 100 * ours["macs"] and ours["parameters"] == ours["nonzero"] == 11_396
     assert 44_700_000 < dense["bytes"] * dense["times_smaller"] < 45_200_000
     assert ours["bytes"] + 5_000 > 2 * 11_396 and rows["short", "ONNX Runtime int8"]["bytes"] > 11_396
