@@ -2,9 +2,10 @@
 
 inference: images a second of several networks, eager and compiled, in ONNX
 Runtime in float32 and int8, in other precisions, one image at a time and many.
-training: the loop of train.py against the published run's (`--recipe published`:
-batch 32, a DataLoader, four passes over data an epoch, of which one trains), in
-turns, so that a slow minute hits both. Everything runs in a process of its own,
+training: the loop of train.py, with `--resize 20` the same with smaller images at
+first, against the published run's (`--recipe published`: batch 32, a DataLoader,
+four passes over data an epoch, of which one trains), in turns, so that a slow
+minute hits all. Everything runs in a process of its own,
 warms up first, and is a median with its range; --json writes the numbers.
 """
 import json
@@ -39,12 +40,12 @@ SHAPE = (3, 32, 32)
 
 # ---- training
 
-def make_run(recipe, arguments):
+def make_run(recipe, resize, arguments):
     """A run that is ready to train, with the settings that train.py would resolve; nothing is written."""
     lines, _ = commandline.read_lines(train.__file__)
     settings = {**train.DEFAULTS, **lines, **train.RECIPES.get(recipe, {}), "lines": lines,
-                "recipe": recipe, "dataset": arguments.dataset, "data": arguments.data, "device": arguments.device,
-                "out": "unused", "dry_run": True}
+                "recipe": recipe, "resize": resize, "dataset": arguments.dataset, "data": arguments.data,
+                "device": arguments.device, "out": "unused", "dry_run": True}
     run = experiment.prepare(settings, None)
     height, width, channels = cifar10.KINDS[arguments.dataset].shape
     shape = (settings["batch_size"], channels, height, width)
@@ -56,14 +57,24 @@ def make_run(recipe, arguments):
 
 
 def time_training(run, batches, images):
-    """Seconds an image over about `images` images of training steps, loading included."""
-    count = max(2, images // run.settings["batch_size"])
+    """Seconds an image of training, loading included: the mean over a round whose images may grow."""
+    until = run.settings["resize_until"] if run.settings["resize"] is not None else 0.0
+    return sum(share * time_part(run, batches, images, all_small)
+               for share, all_small in ((until, 1.0), (1 - until, 0.0)) if share > 0)
+
+
+def time_part(run, batches, images, resize_until):
+    """Seconds an image over about `images` images of training steps, with images resized in all of them or in none."""
+    settings, count = run.settings, max(2, images // run.settings["batch_size"])
     run.model.train()
+    run.settings = {**settings, "resize_until": resize_until}
     begun = time.perf_counter()
     for step, (pictures, labels) in enumerate(islice(batches, count)):
         train.train_step(run, pictures.to(run.device), labels.to(run.device), step)
     compiling.synchronise(run.device)
-    return (time.perf_counter() - begun) / (count * run.settings["batch_size"])
+    seconds = time.perf_counter() - begun
+    run.settings = settings
+    return seconds / (count * settings["batch_size"])
 
 
 def time_evaluation(run, batches, images):
@@ -82,10 +93,10 @@ def endless(batches):
         yield from batches
 
 
-def serve(recipe, arguments, pipe):
+def serve(loop, arguments, pipe):
     """A process that holds one loop and times a part of it whenever it is asked, so that neither helps the other."""
     try:
-        run, note = make_run(recipe, arguments)
+        run, note = make_run(*loop, arguments)
         training, validation = endless(run.train), endless(run.validation)
         pipe.send((note, run.settings["batch_size"]))
         for _ in iter(pipe.recv, None):
@@ -106,42 +117,54 @@ def ask(pipe):
 
 
 def measure_training(arguments):
-    """The rows of the table: median and range over the repeats, for both loops."""
-    context, pipes, times = multiprocessing.get_context("spawn"), {}, {"ours": [], "published": []}
-    for recipe in times:
-        pipes[recipe], far = context.Pipe()
-        context.Process(target=serve, args=(recipe, arguments, far), daemon=True).start()
-    facts = {recipe: ask(pipe) for recipe, pipe in pipes.items()}
+    """The rows of the table: median and range over the repeats, by loop."""
+    loops = {"ours": ("ours", None), f"ours, --resize {arguments.resize}": ("ours", arguments.resize),
+             "published": ("published", None)}
+    if arguments.resize is None:
+        del loops["ours, --resize None"]
+    context, pipes, times = multiprocessing.get_context("spawn"), {}, {name: [] for name in loops}
+    for name, loop in loops.items():
+        pipes[name], far = context.Pipe()
+        context.Process(target=serve, args=(loop, arguments, far), daemon=True).start()
+    facts = {name: ask(pipe) for name, pipe in pipes.items()}
     for repeat in range(arguments.repeats + 1):       # the first one warms up
-        for recipe, pipe in pipes.items():
+        for name, pipe in pipes.items():
             pipe.send(True)
             taken = ask(pipe)
             if repeat:
-                times[recipe].append(taken)
+                times[name].append(taken)
     for pipe in pipes.values():
         pipe.send(None)
     data = cifar10.KINDS[arguments.dataset].counts[0]
     sizes = {"train": data - data // 10, "validation": data // 10}
     rows = {}
-    for recipe, taken in times.items():
-        measured = sizes["train"] + 2 * sizes["validation"] if recipe == "published" else sizes["validation"]
+    for name, taken in times.items():
+        measured = sizes["train"] + 2 * sizes["validation"] if name == "published" else sizes["validation"]
         epochs = [step * sizes["train"] + look * measured for step, look in taken]
-        rows[recipe] = {"how": facts[recipe][0], "batch_size": facts[recipe][1],
-                        "training": compiling.spread([1 / step for step, _ in taken]),
-                        "evaluation": compiling.spread([1 / look for _, look in taken]),
-                        "epoch": compiling.spread([sizes["train"] / seconds for seconds in epochs])}
+        rows[name] = {"how": facts[name][0], "batch_size": facts[name][1],
+                      "training": compiling.spread([1 / step for step, _ in taken]),
+                      "evaluation": compiling.spread([1 / look for _, look in taken]),
+                      "epoch": compiling.spread([sizes["train"] / seconds for seconds in epochs])}
     return rows
 
 
-def print_training(rows, ratios, where):
+def ratios_of(rows):
+    """How many times the images a second of the published loop each of ours does, {loop: {part: ratio}}."""
+    return {name: {part: row[part]["median"] / rows["published"][part]["median"] for part in ("training", "epoch")}
+            for name, row in rows.items() if name != "published"}
+
+
+def print_training(rows, where):
     """The table."""
     print(f"images a second, median (least to greatest), {where}\n")
-    print(f"{'loop':12}{'batch':>6}  {'training steps':24}{'evaluation':24}{'whole epoch':24}how")
-    for recipe, row in rows.items():
-        cells = "".join(f"{row[name]['median']:6.0f} ({row[name]['min']:.0f} to {row[name]['max']:.0f})".ljust(24)
-                        for name in ("training", "evaluation", "epoch"))
-        print(f"{recipe:12}{row['batch_size']:6}  {cells}{row['how']}")
-    print(f"\nours / published: {ratios['training']:.2f} in training steps, {ratios['epoch']:.2f} in whole epochs")
+    print(f"{'loop':20}{'batch':>6}  {'training steps':24}{'evaluation':24}{'whole epoch':24}how")
+    for name, row in rows.items():
+        cells = "".join(f"{row[part]['median']:6.0f} ({row[part]['min']:.0f} to {row[part]['max']:.0f})".ljust(24)
+                        for part in ("training", "evaluation", "epoch"))
+        print(f"{name:20}{row['batch_size']:6}  {cells}{row['how']}")
+    for name, ratios in ratios_of(rows).items():
+        print(f"\n{name} / published: {ratios['training']:.2f} in training steps, {ratios['epoch']:.2f} in whole "
+              "epochs")
 
 
 # ---- inference
@@ -265,6 +288,8 @@ def parse(argv):
     parser.add_argument("--dataset", choices=list(cifar10.KINDS), default="cifar10", help="that training reads")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--images", type=int, default=1500, help="training: images a repeat and a part (1500)")
+    parser.add_argument("--resize", type=int, metavar="PIXELS",
+                        help="training: our loop also with images of so many pixels for half of a round")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 256], help="inference: images a call (1 256)")
@@ -292,10 +317,8 @@ def main(argv):
             draw_inference(Path(arguments.json).with_suffix(".png"), content["rows"])
     else:
         rows = measure_training(arguments)
-        ratios = {name: rows["ours"][name]["median"] / rows["published"][name]["median"]
-                  for name in ("training", "epoch")}
-        print_training(rows, ratios, where)
-        content |= {"dataset": arguments.dataset, "images": arguments.images, "ratios": ratios, "loops": rows}
+        print_training(rows, where)
+        content |= {"dataset": arguments.dataset, "images": arguments.images, "ratios": ratios_of(rows), "loops": rows}
     if arguments.json:
         checkpoint.write(Path(arguments.json), (json.dumps(content, indent=1) + "\n").encode())
 

@@ -25,7 +25,7 @@ BOUNDS = {"pad": (0, 16), "batch_size": (1, math.inf), "limit": (2, math.inf), "
           "prune_frequency": (1, math.inf), "filter_threshold": (0, math.inf), "filter_interval": (1, math.inf),
           "morph_strength": (0, math.inf), "morph_threshold": (0, math.inf), "morph_budget": (1e-6, math.inf),
           "morph_round_to": (1, math.inf), "filter_stop": (0, 1), "stop_loss": (0, math.inf), "seed": (0, 2**63 - 1),
-          "weight_bits": (1, 8), "activation_bits": (1, 8)}
+          "weight_bits": (1, 8), "activation_bits": (1, 8), "resize": (4, math.inf), "resize_until": (0, 1)}
 
 
 def read_lines(path):
@@ -84,6 +84,9 @@ def training_parser(description, choices, datasets):
                             help=f"of {name}s with --weights lsq, 1 to 8, first and last layer apart ({default})")
     parser.add_argument("--layer-bits", nargs="+", metavar="LAYER=W/A",
                         help="of single layers (the first convolution and the last linear layer 8/8)")
+    parser.add_argument("--resize", type=int, metavar="PIXELS",
+                        help="side of the training images at the start of each round, smaller for speed")
+    parser.add_argument("--resize-until", type=float, help="share of a round after which images are whole (0.5)")
     parser.add_argument("--compile", choices=["auto", "on", "off"], help="auto: where it pays and a compiler is there")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--teacher", metavar="CHECKPOINT", help="learn from this network too (distillation)")

@@ -32,7 +32,7 @@ def choose_forward(model, wanted, images, shape, autocast, device):
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     begun = time.perf_counter()           # importing the compiler counts too
     try:
-        forward = torch.compile(model)
+        forward = torch.compile(model, dynamic=False)
         speed = time_steps(model, forward, shape, autocast, device)
         return forward, speed, f"compiled in {time.perf_counter() - begun - shape[0] / speed:.0f} s"
     except Exception as problem:          # its backends fail in many types
@@ -47,7 +47,7 @@ def again(model, forward):
     if forward is model:
         return model
     torch._dynamo.reset()                 # the graphs of the old shapes are of no more use
-    return torch.compile(model)
+    return torch.compile(model, dynamic=False)
 
 
 def why_eager(wanted, images):

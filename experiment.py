@@ -32,6 +32,7 @@ import quantization
 from networks import architecture_of, begin_bits, build, load_start, load_teacher
 from set_pruning_train import start_search
 from set_quantization_train import after_step, evaluation_weights
+from set_resizing_train import check_resize, share_of_work
 
 
 @dataclass
@@ -138,6 +139,7 @@ def prepare(settings, state):
     start_from = settings["start"] or settings["cycle_settings"].get("input_model_path")
     if state is None and start_from:
         load_start(model, architecture, start_from)
+    check_resize(model, (kind.shape[2], *kind.shape[:2]), settings["resize"])
     if "bits" in architecture:
         begin_bits(model, architecture["bits"], calibration if state is None else None)
     if device.type == "cpu" and settings["recipe"] != "published":
@@ -182,7 +184,8 @@ def announce(run):
                                                         whole * images, shape, autocast(run.device), run.device)
     if not alone:
         speed, note = speed * parallel.ranks(), f"eager, {parallel.ranks()} processes"
-    seconds = (whole - done) * (images + 0.3 * len(run.validation) * 500) / speed
+    work = share_of_work(height, settings["resize"], settings["resize_until"])
+    seconds = (whole - done) * (work * images + 0.3 * len(run.validation) * 500) / speed
     groups = f", groups {run.architecture['groups']}" if "groups" in run.architecture else ""
     print(f"{settings['model']}{groups}, on {settings['dataset']}: {images:,} images an epoch, "
           f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}; {note}")

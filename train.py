@@ -23,6 +23,7 @@ from set_distillation_train import distilled, teach
 from set_mixup_train import mixup
 from set_pruning_train import prune_on_schedule, reduce_filters, search_penalty
 from set_quantization_train import after_step, evaluation_weights, step_weights
+from set_resizing_train import resized, side_of
 
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
@@ -69,6 +70,7 @@ DEFAULTS = {
     "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "mix_per_sample": False,
     "ema_decay": 0.998, "pad": 4, "binary_scale": "glorot", "weight_bits": 2, "activation_bits": 4,
     "layer_bits": [], "activation": "relu", "pooling": "max", "shortcut": "B",
+    "resize": None, "resize_until": 0.5,
     "recipe": "ours", "compile": "auto", "device": "auto", "seed": 0,
     "limit": None, "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
 }
@@ -174,17 +176,19 @@ def train_epoch(run, bar):
 
 
 def train_step(run, images, labels, step):
-    """Mix, forward, backward, update, mask, average. Returns the loss and the number of right answers, on device."""
+    """Mix, resize, forward, backward, update, mask, average. Returns loss and number of right answers, on device."""
     settings = run.settings
     targets = F.one_hot(labels, run.architecture["num_classes"]).to(images.dtype)
     if settings["mixing"] != "none":
         images, targets = MIXINGS[settings["mixing"]](images, targets, run.generator, settings["mix_alpha"],
                                                       settings["mix_probability"], settings["mix_per_sample"])
     images, targets = parallel.own_part(images, targets)
+    shown = resized(images, side_of(progress_of(run, step), images.shape[-1], settings["resize"],
+                                    settings["resize_until"]))
     run.optimizer.zero_grad(set_to_none=True)
     with step_weights(run.model, settings["weights"], settings["binary_scale"], run.generator, run.masks):
         with autocast(run.device), parallel.whole_batch():
-            logits = run.forward(images)
+            logits = run.forward(shown)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["label_smoothing"])
         if run.teacher is not None:
             loss = distilled(loss, logits.float(), teach(run.teacher, images), settings["temperature"],
@@ -204,6 +208,11 @@ def train_step(run, images, labels, step):
     if run.average is not None:
         update_average(run.averaged, settings["ema_decay"], run.epoch * len(run.train) + step)
     return loss, correct
+
+
+def progress_of(run, step):
+    """Share of the round that is over before step `step` of its current epoch."""
+    return (run.epoch + step / len(run.train)) / run.settings["epochs"][run.round]
 
 
 def networks_of(run):

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,18 +12,29 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", "")                  # no compiler: the comparison itself is tested here, not its speed
         patch.delenv("CXX", raising=False)
-        benchmark.main(["training", "--dataset", "digits", "--images", "32", "--repeats", "2", "--json", str(path)])
+        benchmark.main(["training", "--dataset", "digits", "--images", "32", "--repeats", "2",
+                        "--resize", "4", "--json", str(path)])
     return json.loads(path.read_text())
 
 
 def test_both_loops_are_timed_and_compared(measured):
-    ours, published = measured["loops"]["ours"], measured["loops"]["published"]
-    assert (ours["batch_size"], published["batch_size"]) == (64, 32)
-    for row in (ours, published):
+    loops, published = measured["loops"], measured["loops"]["published"]
+    assert {name: row["batch_size"] for name, row in loops.items()} == {"ours": 64, "ours, --resize 4": 64,
+                                                                       "published": 32}
+    for row in loops.values():
         for name in ("training", "evaluation", "epoch"):
             assert 0 < row[name]["min"] <= row[name]["median"] <= row[name]["max"]
-    assert measured["ratios"]["training"] == ours["training"]["median"] / published["training"]["median"]
-    assert measured["ratios"]["epoch"] == ours["epoch"]["median"] / published["epoch"]["median"]
+    for name in ("ours", "ours, --resize 4"):
+        for part in ("training", "epoch"):
+            assert measured["ratios"][name][part] == loops[name][part]["median"] / published[part]["median"]
+
+
+def test_a_round_of_growing_images_takes_the_mean_of_both_halves(monkeypatch):
+    seconds = {1.0: 0.25, 0.0: 1.0}
+    monkeypatch.setattr(benchmark, "time_part", lambda run, batches, images, until: seconds[until])
+    growing = SimpleNamespace(settings={"resize": 4, "resize_until": 0.5})
+    assert benchmark.time_training(growing, None, 32) == 0.625
+    assert benchmark.time_training(SimpleNamespace(settings={"resize": None, "resize_until": 0.5}), None, 32) == 1.0
 
 
 def test_an_epoch_is_slower_than_its_training_steps(measured):

@@ -12,7 +12,7 @@ ROWS = [
      "study", "deployment"},
     {"experiment"},
     {"set_cutmix_train", "set_mixup_train", "set_pruning_train", "set_quantization_train",
-     "set_distillation_train"},
+     "set_distillation_train", "set_resizing_train"},
     {"networks"},
     {"pruning", "filter_pruning", "morphnet", "binaryconnect", "quantization"},
     {"models", "onnx_files", "integer_inference"},

@@ -1,0 +1,47 @@
+"""Progressive resizing: each round begins with smaller images, which cost fewer operations.
+
+    images = resized(images, side_of(progress, 32, small=20, until=0.5))
+
+After Tan and Le 2021 (arXiv:2104.00298), section 4, without their change of
+regularization. A network that averages its last feature map takes images of any
+size, so its weights are the same ones. `train.py` calls it on each batch when
+--resize is given; validation and tests are always at the full size.
+"""
+import torch
+import torch.nn.functional as F
+
+
+def side_of(progress, side, small, until):
+    """Pixels of a training image's side after `progress` in [0, 1] of a round: `small`, from `until` on `side`."""
+    return small if small is not None and progress < until else side
+
+
+def resized(images, side):
+    """(N, C, H, W) float images as (N, C, side, side), bilinear, antialiased; as they are where they have that size."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
+def share_of_work(side, small, until):
+    """Operations of a round, relative to one with images of the full size throughout."""
+    return 1.0 if small is None else until * (small / side) ** 2 + 1 - until
+
+
+def check_resize(model, shape, small):
+    """ValueError unless `model` takes images of `small` x `small` pixels, fewer than the (C, H, W) of its data set."""
+    if small is None:
+        return
+    channels, height, _ = shape
+    if small >= height:
+        raise ValueError(f"--resize {small}: it must be below the {height} pixels of the data set's images")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, channels, small, small, device=next(model.parameters()).device))
+    except (RuntimeError, ValueError):
+        raise ValueError(f"--resize {small}: this network takes images of {height} x {height} pixels alone, since its "
+                         "last feature map is not averaged") from None
+    finally:
+        model.train(training)

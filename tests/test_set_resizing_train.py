@@ -1,0 +1,91 @@
+"""Progressive resizing: sizes by progress, torchvision's pixels, what refuses it, and the loop that shows them."""
+import pytest
+import torch
+from conftest import run_in_parts, same
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.transforms import v2
+
+import checkpoint
+import train
+import train_pruning
+from networks import build
+from set_resizing_train import check_resize, resized, share_of_work, side_of
+
+FLAGS = ["--dataset", "digits", "--limit", "96", "--batch-size", "32", "--compile", "off"]
+
+
+def test_images_are_small_until_their_share_of_the_round():
+    assert [side_of(progress, 32, 20, 0.5) for progress in (0.0, 0.49, 0.5, 0.99)] == [20, 20, 32, 32]
+    assert side_of(0.0, 32, None, 0.5) == 32
+
+
+@given(st.integers(4, 31), st.floats(0, 1))
+def test_work_is_the_mean_area_over_the_round(small, until):
+    steps = 1000
+    mean = sum((side_of(step / steps, 32, small, until) / 32) ** 2 for step in range(steps)) / steps
+    assert share_of_work(32, small, until) == pytest.approx(mean, abs=1 / steps)
+    assert share_of_work(32, None, until) == 1
+
+
+def test_resizing_is_torchvisions():
+    images = torch.rand(4, 3, 32, 32)
+    assert torch.allclose(resized(images, 20), v2.functional.resize(images, [20, 20], antialias=True), atol=1e-6)
+    assert resized(images, 32) is images
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "wrn-16-4", "mobilenet"])
+def test_networks_that_average_take_small_images(name):
+    more = {"groups": 8, "shuffle": True} if name == "resnet18" else {}
+    model = build(name=name, **more).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    check_resize(model, (3, 32, 32), 20)
+    assert model.training and same(before, dict(model.state_dict()))      # batch norm has not seen the zeros
+
+
+@pytest.mark.parametrize("name", ["lenet5", "cifar-quick"])
+def test_networks_that_flatten_are_refused(name):
+    with pytest.raises(ValueError, match="32 x 32 pixels alone"):
+        check_resize(build(name=name), (3, 32, 32), 20)
+
+
+def test_a_size_that_is_not_smaller_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="below the 32 pixels"):
+        train.main([*FLAGS, "--epochs", "1", "--resize", "32", "--out", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="at least 4"):
+        train.main([*FLAGS, "--epochs", "1", "--resize", "2", "--out", str(tmp_path / "run")])
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_the_network_sees_small_images_then_whole_ones_in_every_round(tmp_path, monkeypatch):
+    seen, real = [], train.resized
+
+    def resize(images, side):
+        seen.append(side)
+        return real(images, side)
+    monkeypatch.setattr(train, "resized", resize)
+    train_pruning.main([*FLAGS, "--epochs", "2", "1", "--sparsity", "0.5", "--resize", "12", "--resize-until", "0.5",
+                        "--out", str(tmp_path / "run")])
+    steps = 96 // 32
+    assert seen == [12] * steps + [32] * steps + [12] * 2 + [32] * (steps - 2)
+
+
+def test_the_teacher_sees_whole_images(trained, tmp_path, monkeypatch):
+    seen, real = [], train.teach
+
+    def teach(teacher, images):
+        seen.append(images.shape[-1])
+        return real(teacher, images)
+    monkeypatch.setattr(train, "teach", teach)
+    train.main([*FLAGS, "--epochs", "1", "--resize", "12", "--teacher", str(trained / "model.pt"),
+                "--out", str(tmp_path / "run")])
+    assert seen == [32, 32, 32]
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
+    flags = [*FLAGS, "--epochs", "2", "1", "--sparsity", "0.5", "--resize", "12"]
+    train_pruning.main([*flags, "--out", str(tmp_path / "one")])
+    parts = tmp_path / "parts"
+    run_in_parts(lambda: train_pruning.main([*flags, "--out", str(parts)]), parts, 3)
+    one, other = (checkpoint.read(folder / "model.pt") for folder in (tmp_path / "one", parts))
+    assert same(one["weights"], other["weights"])
