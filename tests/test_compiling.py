@@ -32,7 +32,7 @@ def test_without_a_compiler_auto_is_eager_and_on_is_refused(monkeypatch):
 
 
 def test_a_failing_backend_falls_back_and_says_so(monkeypatch):
-    def broken(model):
+    def broken(model, dynamic):
         raise RuntimeError("backend trouble")
     monkeypatch.setattr(torch, "compile", broken)
     model = build("resnet18")
