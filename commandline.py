@@ -8,7 +8,9 @@ import ast
 import math
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -180,6 +182,19 @@ def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def call(command, show=False):
+    """Run a script of this project. Returns what it prints, or shows it.
+
+    RuntimeError that names the script where it fails, with its error line where that was not shown.
+    """
+    done = subprocess.run([sys.executable, str(Path(__file__).resolve().parent / command[0]), *command[1:]],
+                          capture_output=not show, text=True)
+    if done.returncode:
+        error = "" if show else "; " + "".join(done.stderr.strip().splitlines()[-1:])
+        raise RuntimeError(f"python {shlex.join(command)} failed with exit code {done.returncode}{error}")
+    return done.stdout
 
 
 def command(main):

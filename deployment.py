@@ -11,8 +11,6 @@ beside them.
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -24,9 +22,9 @@ import commandline
 import compiling
 import networks
 import onnx_files
+from commandline import call
 from networks import load_network
 
-HERE = Path(__file__).resolve().parent
 FORMS = {"PyTorch": ".pt.gz", "PyTorch compiled": ".pt.gz", "ONNX Runtime": ".onnx", "ONNX Runtime int8": ".int8.onnx",
          "packed integers": ".packed.gz"}
 DENSE = "ResNet-18 dense, untrained"
@@ -54,14 +52,6 @@ def write_dense(path, dataset):
                     "groups": 1, "shuffle": False}
     network = checkpoint.network_of(networks.build(**architecture), architecture)
     checkpoint.save(path, {**network, "dataset": dataset})
-
-
-def call(command):
-    """What a script of this project prints; RuntimeError with its last line of stderr where it fails."""
-    done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"python {' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
 
 
 def open_form(form, path):

@@ -18,8 +18,6 @@ import itertools
 import json
 import math
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -28,8 +26,8 @@ import checkpoint
 import cifar10
 import commandline
 import networks
+from commandline import call
 
-HERE = Path(__file__).resolve().parent
 PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
 
 
@@ -88,29 +86,17 @@ def train_arm(arm, flags, seed, folder):
     command = [script, "--resume"] if (folder / "last.pt").exists() else [script, *shlex.split(flags), *own,
                                                                          "--seed", str(seed)]
     print(f"\n{arm['name']}, seed {seed}: python {shlex.join(command)} --out {folder}", flush=True)
-    call([*command, "--out", str(folder)])
+    call([*command, "--out", str(folder)], show=True)
     (folder / "finished").touch()         # model.pt alone may be that of a cycle which goes on
-
-
-def call(command, **options):
-    """Run a script of this project. RuntimeError that names it where it fails."""
-    done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], **options)
-    if done.returncode:
-        raise RuntimeError(f"python {shlex.join(command)} failed with exit code {done.returncode}; "
-                           "called again, the study goes on from there")
-    return done.stdout
 
 
 def measure_arm(folder, data):
     """Export a run's network, test the exported file, and keep what came out beside it. Returns a dictionary."""
     exported, measured = folder / "exported.pt.gz", folder / "exported.json"
     if not measured.exists():
-        call(["export.py", "--checkpoint", str(folder / "model.pt"), "--out", str(exported), "--no-compare"],
-             capture_output=True)
-        test = json.loads(call(["test.py", "--checkpoint", str(exported), "--data", data, "--json"],
-                               stdout=subprocess.PIPE, text=True))
-        profile = json.loads(call(["profil.py", "--checkpoint", str(exported), "--json"],
-                                  stdout=subprocess.PIPE, text=True))
+        call(["export.py", "--checkpoint", str(folder / "model.pt"), "--out", str(exported), "--no-compare"])
+        test = json.loads(call(["test.py", "--checkpoint", str(exported), "--data", data, "--json"]))
+        profile = json.loads(call(["profil.py", "--checkpoint", str(exported), "--json"]))
         kept = {"test_accuracy": test["accuracy"], "test_images": test["images"], "precision": test["precision"],
                 "test_seconds": test["seconds"],
                 "bytes": exported.stat().st_size} | {name: profile[name] for name in

@@ -112,5 +112,5 @@ def test_networks_of_few_bits_are_packed_and_not_quantized_again(tmp_path):
 
 
 def test_a_script_that_fails_is_named_with_its_error(tmp_path):
-    with pytest.raises(RuntimeError, match="python profil.py --checkpoint .*: error: .*no checkpoint"):
+    with pytest.raises(RuntimeError, match="python profil.py --checkpoint .*exit code 2; error: .*no checkpoint"):
         deployment.call(["profil.py", "--checkpoint", str(tmp_path / "none.pt")])

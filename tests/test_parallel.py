@@ -26,6 +26,7 @@ import parallel
 import train
 import train_pruning
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = shlex.split("--dataset digits --limit 64 --batch-size 16 --compile off --device cpu --lr 0.05")
 RUNS = {
     "rounds": "--model lenet5 --epochs 2 1 2 --sparsity 0.7 0.7",
@@ -135,15 +136,6 @@ def fail_alone(out):
 
 
 # ---- fixtures
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes that torchrun starts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 def torchrun(*arguments, folder=ROOT):
     """Two processes of a script, through torchrun."""

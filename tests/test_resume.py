@@ -22,6 +22,7 @@ import pruning
 import train
 import train_pruning
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 5
 ROUNDS = shlex.split("--dataset digits --limit 96 --batch-size 32 --compile off --device cpu --seed 3 --epochs 2 1 2 "
@@ -62,15 +63,6 @@ def start(*flags):
 def resume(out, *flags):
     """Go on with the run in `out`, to its end."""
     train_pruning.main(["--resume", "--out", str(out), *flags])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the other processes: sums depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

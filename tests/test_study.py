@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 
 import checkpoint
 import experiment
@@ -36,7 +37,7 @@ MAINS = {"train.py": train.main, "train_pruning.py": train_pruning.main, "export
          "test.py": half_test.main, "profil.py": profil.main}
 
 
-def call_here(command, **options):
+def call_here(command, show=False):
     """`study.call` without a process of its own: imports cost more than these runs."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -58,11 +59,11 @@ def test_a_stopped_study_goes_on_and_its_table_holds_the_means(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     path, calls = study_file(tmp_path), []
 
-    def call(command, **options):
+    def call(command, show=False):
         calls.append(command[0])
         if calls.count("train.py") == 2 and command[0] == "train.py":
             raise RuntimeError("killed")
-        return call_here(command, **options)
+        return call_here(command, show)
     monkeypatch.setattr(study, "call", call)
     with pytest.raises(RuntimeError, match="killed"):
         study.main([str(path)])
@@ -191,14 +192,14 @@ def test_a_study_of_another_form_is_refused(changes, message, tmp_path):
         study.read_study(tmp_path / "no.json")
 
 
-@pytest.mark.parametrize("path", sorted((study.HERE / "studies").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.json")), ids=lambda path: path.stem)
 def test_runs_of_shipped_studies_are_accepted_by_their_scripts(path, tmp_path, monkeypatch):
     class Accepted(Exception):
         pass
 
     def prepare(settings, state):
         raise Accepted
-    monkeypatch.chdir(study.HERE)         # settings are named from there
+    monkeypatch.chdir(ROOT)         # settings are named from there
     monkeypatch.setattr(experiment, "prepare", prepare)
     found = study.read_study(path)
     for arm in found["arms"]:
