@@ -2,9 +2,12 @@
 
 Reads config.json, history.csv and report.json (which test.py and profil.py
 write) of each run; without names, of all in runs/ and results/. Draws curves.png
-and layers.png beside each run, and writes table.md, table.csv and
-accuracy_size.png to --out, with a copy of each run's files there. Runs that
-differ in nothing but their seed share a row: n, mean and standard deviation.
+and layers.png beside each run, and writes table.md, table.csv, time.csv,
+accuracy_size.png and accuracy_time.png to --out, with a copy of each run's files
+there. Runs that differ in nothing but their seed share a row: n, mean and
+standard deviation. time.csv says after how many minutes of epochs, measuring
+included, each run first reached --level, or the highest validation accuracy that
+all of one data set reached.
 """
 import json
 import shutil
@@ -177,6 +180,39 @@ def draw_accuracy_size(path, table):
     plt.close(figure)
 
 
+def times_of(runs, level=None):
+    """Minutes of epochs until each run first had `level` % validation accuracy, a row a run, as a DataFrame.
+
+    level: None is the highest that all runs on the same data set reached. A run that never had it has no minutes.
+    """
+    rows = []
+    for run in runs:
+        accuracies, minutes = run["history"]["validation_accuracy"], run["history"]["seconds"].cumsum() / 60
+        wanted = level
+        if level is None:
+            wanted = min(other["history"]["validation_accuracy"].max() for other in runs
+                         if other["dataset"] == run["dataset"])
+        first = next((epoch for epoch, accuracy in enumerate(accuracies) if accuracy >= wanted), None)
+        rows.append({**{name: run[name] for name in ("run", "dataset", "network", "recipe", "device", "minutes")},
+                     "highest": accuracies.max(), "level": wanted,
+                     "epochs_to_level": None if first is None else first + 1,
+                     "minutes_to_level": None if first is None else minutes[first]})
+    return pd.DataFrame(rows)
+
+
+def draw_accuracy_time(path, runs):
+    """Validation accuracy against the minutes that a run had trained, measuring included; the time on a log scale."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for run in runs:
+        axes.plot(run["history"]["seconds"].cumsum() / 60, run["history"]["validation_accuracy"], marker=".",
+                  label=run["run"])
+    axes.set(xscale="log", xlabel="minutes of epochs", ylabel="validation accuracy (%)")
+    axes.grid(alpha=0.4)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def keep(run, out):
     """Copy what a run's numbers stand on to out/<run>/: settings (no sources, no paths), history, report, plots."""
     target = out / run["run"]
@@ -210,6 +246,8 @@ def main(argv):
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", help="folders of runs (all in runs/ and results/)")
     parser.add_argument("--out", default="results", help="where table and plots go (results)")
+    parser.add_argument("--level", type=float, metavar="ACCURACY",
+                        help="validation accuracy in %% whose time is looked up (the highest that all runs reached)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
@@ -223,8 +261,11 @@ def main(argv):
     table = table_of(runs)
     checkpoint.write(out / "table.md", markdown_of(table).encode())
     checkpoint.write(out / "table.csv", table.to_csv(index=False).encode())
+    checkpoint.write(out / "time.csv", times_of(runs, arguments.level).to_csv(index=False).encode())
     draw_accuracy_size(out / "accuracy_size.png", table)
-    print(markdown_of(table) + f"\nwritten: {out}/table.md, table.csv, accuracy_size.png, and curves and layers by run")
+    draw_accuracy_time(out / "accuracy_time.png", runs)
+    print(markdown_of(table) + f"\nwritten: {out}/table.md, table.csv, time.csv, accuracy_size.png, "
+          "accuracy_time.png, and curves and layers by run")
 
 
 if __name__ == "__main__":

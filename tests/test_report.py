@@ -82,3 +82,26 @@ def test_no_run_and_damaged_files_are_named(trained, tmp_path, monkeypatch):
     (damaged / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is damaged"):
         report.main([str(damaged)])
+
+
+def history_of(accuracies, seconds):
+    return pd.DataFrame({"validation_accuracy": accuracies, "seconds": seconds})
+
+
+def test_the_time_to_an_accuracy_is_that_of_the_first_epoch_that_had_it():
+    common = {"network": "n", "recipe": "ours", "device": "cpu", "minutes": 3.0}
+    runs = [{"run": "a", "dataset": "cifar10", "history": history_of([50.0, 71.0, 70.0], [60, 60, 60]), **common},
+            {"run": "b", "dataset": "cifar10", "history": history_of([40.0, 60.0, 70.0], [600, 600, 600]), **common},
+            {"run": "c", "dataset": "digits", "history": history_of([99.0], [6]), **common}]
+    times = report.times_of(runs).set_index("run")
+    assert times["level"].tolist() == [70.0, 70.0, 99.0]
+    assert times["minutes_to_level"].tolist() == [2.0, 30.0, 0.1]
+    assert times["epochs_to_level"].tolist() == [2, 3, 1]
+    times = report.times_of(runs[:2], level=71).set_index("run")
+    assert times["minutes_to_level"]["a"] == 2.0 and pd.isna(times["minutes_to_level"]["b"])
+
+
+def test_times_are_written_and_drawn(reported, tmp_path):
+    report.main([*map(str, reported), "--out", str(tmp_path), "--level", "0"])
+    assert pd.read_csv(tmp_path / "time.csv")["epochs_to_level"].tolist() == [1, 1]
+    assert (tmp_path / "accuracy_time.png").read_bytes().startswith(b"\x89PNG")
