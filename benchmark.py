@@ -50,10 +50,11 @@ def make_run(recipe, resize, arguments):
     height, width, channels = cifar10.KINDS[arguments.dataset].shape
     shape = (settings["batch_size"], channels, height, width)
     wanted = "off" if recipe == "published" else "auto"
+    run.dtype = compiling.choose_arithmetic(settings["arithmetic"], run.model, compiling.WORTH_COMPILING, run.device)
     run.forward, _, note = compiling.choose_forward(run.model, wanted, compiling.WORTH_COMPILING, shape,
-                                                    experiment.autocast(run.device), run.device)
+                                                    experiment.autocast(run.device, run.dtype), run.device)
     experiment.begin_round(run)
-    return run, note
+    return run, f"{str(run.dtype).removeprefix('torch.')}, {note}"
 
 
 def time_training(run, batches, images):
@@ -82,7 +83,7 @@ def time_evaluation(run, batches, images):
     size = run.settings["batch_size"] if run.settings["recipe"] == "published" else run.validation.batch_size
     chosen = list(range(max(1, images // size)))
     begun = time.perf_counter()
-    logits, _ = train.predict(run.model, islice(batches, len(chosen)), run.device)
+    logits, _ = train.predict(run.model, islice(batches, len(chosen)), run.device, run.dtype)
     compiling.synchronise(run.device)
     return (time.perf_counter() - begun) / len(logits)
 

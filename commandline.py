@@ -90,6 +90,8 @@ def training_parser(description, choices, datasets):
                         help="side of the training images at the start of each round, smaller for speed")
     parser.add_argument("--resize-until", type=float, help="share of a round after which images are whole (0.5)")
     parser.add_argument("--compile", choices=["auto", "on", "off"], help="auto: where it pays and a compiler is there")
+    parser.add_argument("--arithmetic", choices=["auto", "float32", "bfloat16"],
+                        help="of training; auto: bfloat16 on CUDA and where a CPU has instructions for it")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--teacher", metavar="CHECKPOINT", help="learn from this network too (distillation)")
     parser.add_argument("--temperature", type=float, help="of the distillation (4)")
@@ -113,6 +115,9 @@ def check_settings(settings):
     epochs, sparsity = settings["epochs"], settings["sparsity"]
     if settings.get("weights") == "lsq" and settings["recipe"] == "published":
         raise ValueError("--weights lsq does not go with --recipe published, which trains with floats; leave one out")
+    if settings.get("weights") == "lsq" and settings["arithmetic"] == "bfloat16":
+        raise ValueError("--weights lsq does not go with --arithmetic bfloat16, which does not hold its integers; "
+                         "leave one out")
     if settings.get("weights") == "lsq" and settings["pruning"] in SHRINKING:
         raise ValueError(f"--weights lsq does not go with --pruning {settings['pruning']}, which removes channels: "
                          "shrink a network of floats first, then --start from it")

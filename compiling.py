@@ -63,6 +63,35 @@ def why_eager(wanted, images):
     return None
 
 
+def choose_arithmetic(wanted, model, images, device):
+    """torch.bfloat16 or torch.float32: what forward and backward passes compute in. Weights stay float32.
+
+    wanted: "float32", "bfloat16", or "auto": bfloat16 on CUDA, and on a CPU that has
+    instructions for it where the run trains on enough `images` and the network has
+    no depthwise convolutions, which are slower so. Layers of few bits count in
+    integers that bfloat16 does not hold: float32.
+    """
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    layers = list(model.modules())
+    if any(hasattr(layer, "weight_bits") for layer in layers):
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    depthwise = any(isinstance(layer, torch.nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in layers)
+    pays = device.type == "cpu" and images >= WORTH_COMPILING and has_bfloat16() and not depthwise
+    return torch.bfloat16 if pays else torch.float32
+
+
+def has_bfloat16():
+    """Whether this CPU multiplies in bfloat16; one that only simulates it is slow."""
+    try:
+        found = torch.cpu.get_capabilities()
+    except AttributeError:                # an older torch
+        return False
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def keep_freed_memory():
     """Let glibc keep what is freed for the next step, instead of giving it back and faulting it in anew.
 

@@ -58,6 +58,7 @@ class Run:
     finite_steps: torch.Tensor = None     # on CUDA: the steps of this epoch before the first that was not finite
     schedule: object = None
     forward: object = None        # the model, or the model compiled
+    dtype: torch.dtype = torch.float32    # arithmetic of forward and backward passes
     teacher: torch.nn.Module = None
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
 
@@ -180,15 +181,18 @@ def announce(run):
     done, whole = len(run.history), sum(settings["epochs"])
     # by the whole run, also on resuming: compiled and eager steps differ in their last bits
     alone = parallel.ranks() == 1
+    run.dtype = compiling.choose_arithmetic(settings["arithmetic"], run.model, whole * images, run.device)
     run.forward, speed, note = compiling.choose_forward(run.model, settings["compile"] if alone else "off",
-                                                        whole * images, shape, autocast(run.device), run.device)
+                                                        whole * images, shape, autocast(run.device, run.dtype),
+                                                        run.device)
     if not alone:
         speed, note = speed * parallel.ranks(), f"eager, {parallel.ranks()} processes"
     work = share_of_work(height, settings["resize"], settings["resize_until"])
     seconds = (whole - done) * (work * images + 0.3 * len(run.validation) * 500) / speed
     groups = f", groups {run.architecture['groups']}" if "groups" in run.architecture else ""
     print(f"{settings['model']}{groups}, on {settings['dataset']}: {images:,} images an epoch, "
-          f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}; {note}")
+          f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}, "
+          f"{str(run.dtype).removeprefix('torch.')}; {note}")
     print(f"{f'goes on after {done} of {whole} epochs; ' if done else ''}"
           f"estimated time for all rounds: {seconds / 60:.1f} min at {speed:.0f} images/s; writes {run.out}",
           flush=True)
@@ -203,6 +207,7 @@ def write_config(run):
     here = Path(__file__).resolve().parent
     config = {"settings": run.settings, "architecture": run.architecture,
               "device": commandline.device_name(run.device), "processes": parallel.ranks(),
+              "arithmetic": str(run.dtype).removeprefix("torch."),
               "started": time.strftime("%Y-%m-%d %H:%M:%S"),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "source": {path.name: path.read_text() for path in sorted(here.glob("*.py"))}}
@@ -253,9 +258,9 @@ def warm_cosine(progress, warm=0.05):
     return min((progress + 1e-3) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress - warm) / (1 - warm)))
 
 
-def autocast(device, enabled=True):
-    """bfloat16 on CUDA, float32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and device.type == "cuda")
+def autocast(device, dtype):
+    """A context in which convolutions and matrix products compute in `dtype`, bfloat16 or float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 # ---- files

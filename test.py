@@ -34,7 +34,7 @@ def test_network(model, data, kind, precision, device, batch_size=500, limit=Non
     dtype, note = quantization.set_precision(model, precision, device)
     batches = cifar10.Batches(data.x_test[:limit], data.y_test[:limit], batch_size, kind, device)
     begun = time.perf_counter()
-    logits, labels = predict(model, ((images.to(dtype), labels) for images, labels in batches), device, mixed=False)
+    logits, labels = predict(model, ((images.to(dtype), labels) for images, labels in batches), device)
     seconds = time.perf_counter() - begun
     count = len(kind.classes)
     confusion = torch.bincount(labels * count + logits.argmax(1), minlength=count * count).view(count, count)

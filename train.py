@@ -71,13 +71,13 @@ DEFAULTS = {
     "ema_decay": 0.998, "pad": 4, "binary_scale": "glorot", "weight_bits": 2, "activation_bits": 4,
     "layer_bits": [], "activation": "relu", "pooling": "max", "shortcut": "B",
     "resize": None, "resize_until": 0.5,
-    "recipe": "ours", "compile": "auto", "device": "auto", "seed": 0,
+    "recipe": "ours", "compile": "auto", "arithmetic": "auto", "device": "auto", "seed": 0,
     "limit": None, "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
 }
 RECIPES = {"published": {    # the run that this project started from; measure() has its four passes an epoch
     "shuffle": False, "mixing": "cutmix", "mix_probability": 1.0, "schedule": "plateau", "averaging": "none",
     "batch_size": 32, "lr": 0.01, "momentum": 0.5, "nesterov": False, "weight_decay": 1e-5,
-    "label_smoothing": 0.0, "weights": "float", "compile": "off",
+    "label_smoothing": 0.0, "weights": "float", "compile": "off", "arithmetic": "float32",
 }}
 READ_EVERY = 50      # steps on CUDA, from one look at whether all were finite to the next
 MIXINGS = {"cutmix": cutmix, "mixup": mixup}
@@ -187,12 +187,13 @@ def train_step(run, images, labels, step):
                                     settings["resize_until"]))
     run.optimizer.zero_grad(set_to_none=True)
     with step_weights(run.model, settings["weights"], settings["binary_scale"], run.generator, run.masks):
-        with autocast(run.device), parallel.whole_batch():
+        with autocast(run.device, run.dtype), parallel.whole_batch():
             logits = run.forward(shown)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["label_smoothing"])
         if run.teacher is not None:
-            loss = distilled(loss, logits.float(), teach(run.teacher, images), settings["temperature"],
-                             settings["distillation_weight"])
+            with autocast(run.device, run.dtype):
+                taught = teach(run.teacher, images)
+            loss = distilled(loss, logits.float(), taught, settings["temperature"], settings["distillation_weight"])
         if run.search is not None:
             loss = loss + search_penalty(settings, run.model, run.search)
         loss.backward()
@@ -286,11 +287,11 @@ def measure(run):
     measured training accuracy, loss and accuracy, each in a pass of its own.
     """
     if run.settings["recipe"] == "published":
-        evaluate(run.model, run.train, run.device)
-        return evaluate(run.model, run.validation, run.device)[0], evaluate(run.model, run.validation, run.device)[1]
+        evaluate(run.model, run.train, run.device, run.dtype)
+        return tuple(evaluate(run.model, run.validation, run.device, run.dtype)[part] for part in (0, 1))
     model = networks_of(run)[-1]
     with evaluation_weights(model, run.settings["weights"], run.settings["binary_scale"], run.masks):
-        return evaluate(model, run.validation, run.device)
+        return evaluate(model, run.validation, run.device, run.dtype)
 
 
 def recalibrate(run, model):
@@ -299,24 +300,24 @@ def recalibrate(run, model):
         pruning.recalibrate(model, run.calibration)
 
 
-def evaluate(model, batches, device):
-    """Mean cross-entropy and accuracy in % over `batches`, each image counted once."""
-    logits, labels = predict(model, batches, device)
+def evaluate(model, batches, device, dtype=torch.float32):
+    """Mean cross-entropy and accuracy in % over `batches`, each image counted once; dtype as of `predict`."""
+    logits, labels = predict(model, batches, device, dtype)
     return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).float().mean().item()
 
 
 @torch.no_grad()
-def predict(model, batches, device, mixed=True):
+def predict(model, batches, device, dtype=torch.float32):
     """(logits, labels) of all images of `batches`, (N, K) float and (N,), in evaluation mode, which is undone.
 
-    mixed: autocast where the device trains with it; without, arithmetic is in the images' own precision.
+    dtype: of the arithmetic, bfloat16 or, with float32, the images' own.
     """
     training = model.training
     model.eval()
     try:
         results = []
         for images, labels in batches:
-            with autocast(device, mixed):
+            with autocast(device, dtype):
                 results.append((model(images.to(device)).float(), labels.to(device)))
         return torch.cat([logits for logits, _ in results]), torch.cat([labels for _, labels in results])
     finally:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import compiling
+import networks
 from resnet_factorized import build
 
 CPU = torch.device("cpu")
@@ -76,3 +77,24 @@ def test_calls_are_warmed_up_counted_and_timed():
 
 def test_spread_is_median_least_and_greatest():
     assert compiling.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+
+
+def cpu_with(monkeypatch, *names):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True), raising=False)
+
+
+@pytest.mark.parametrize("name, bits, images, has, expected", [
+    ("resnet20", {}, 30_000, True, torch.bfloat16), ("resnet20", {}, 30_000, False, torch.float32),
+    ("resnet20", {}, 29_999, True, torch.float32), ("mobilenet", {}, 30_000, True, torch.float32),
+    ("resnet20", {"conv1": [2, 2]}, 30_000, True, torch.float32)])
+def test_arithmetic_is_bfloat16_where_the_cpu_has_it_and_it_pays(monkeypatch, name, bits, images, has, expected):
+    cpu_with(monkeypatch, *["avx512_bf16"] * has)
+    model = networks.build(name=name, **({"bits": bits} if bits else {}))
+    assert compiling.choose_arithmetic("auto", model, images, torch.device("cpu")) is expected
+    assert compiling.choose_arithmetic("bfloat16", model, images, torch.device("cpu")) is torch.bfloat16
+    assert compiling.choose_arithmetic("float32", model, images, torch.device("cuda")) is torch.float32
+
+
+def test_an_older_torch_that_cannot_say_trains_in_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not compiling.has_bfloat16()

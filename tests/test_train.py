@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -187,7 +188,7 @@ def test_published_recipe_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     passes = []
 
-    def evaluate(model, batches, device):
+    def evaluate(model, batches, device, dtype):
         passes.append(batches)
         return 2.5, 10.0
     monkeypatch.setattr(train, "evaluate", evaluate)
@@ -681,3 +682,23 @@ def test_the_seed_decides_a_run(tmp_path, monkeypatch):
         results.append(checkpoint.read(f"{out}/model.pt")["weights"])
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
     assert not torch.equal(results[0]["linear.weight"], results[2]["linear.weight"])
+
+
+def test_bfloat16_arithmetic_leaves_weights_and_average_in_float32(tmp_path):
+    out = tmp_path / "run"
+    train.main(["--dataset", "digits", "--limit", "64", "--batch-size", "32", "--epochs", "1", "--compile", "off",
+                "--device", "cpu", "--arithmetic", "bfloat16", "--out", str(out)])
+    other = tmp_path / "other"
+    train.main(["--dataset", "digits", "--limit", "64", "--batch-size", "32", "--epochs", "1", "--compile", "off",
+                "--device", "cpu", "--arithmetic", "float32", "--out", str(other)])
+    assert json.loads((out / "config.json").read_text())["arithmetic"] == "bfloat16"
+    state, exact = checkpoint.read(out / "last.pt"), checkpoint.read(other / "last.pt")
+    floats = [tensor for tensor in state["weights"].values() if tensor.is_floating_point()]
+    assert {tensor.dtype for tensor in floats} == {torch.float32}
+    assert not same(state["weights"], exact["weights"])                # another arithmetic
+    assert state["history"][0]["train_loss"] == pytest.approx(exact["history"][0]["train_loss"], rel=0.02)
+
+
+def test_few_bits_are_not_counted_in_bfloat16(tmp_path):
+    with pytest.raises(ValueError, match="does not go with --arithmetic bfloat16"):
+        train.main(["--dataset", "digits", "--weights", "lsq", "--arithmetic", "bfloat16", "--out", str(tmp_path)])
