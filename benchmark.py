@@ -54,7 +54,7 @@ def make_run(recipe, resize, arguments):
     run.forward, _, note = compiling.choose_forward(run.model, wanted, compiling.WORTH_COMPILING, shape,
                                                     experiment.autocast(run.device, run.dtype), run.device)
     experiment.begin_round(run)
-    return run, f"{str(run.dtype).removeprefix('torch.')}, {note}"
+    return run, f"{run.arithmetic}, {note}"
 
 
 def time_training(run, batches, images):
@@ -119,10 +119,10 @@ def ask(pipe):
 
 def measure_training(arguments):
     """The rows of the table: median and range over the repeats, by loop."""
-    loops = {"ours": ("ours", None), f"ours, --resize {arguments.resize}": ("ours", arguments.resize),
-             "published": ("published", None)}
-    if arguments.resize is None:
-        del loops["ours, --resize None"]
+    loops = {"ours": ("ours", None)}
+    if arguments.resize is not None:
+        loops[f"ours, --resize {arguments.resize}"] = "ours", arguments.resize
+    loops["published"] = "published", None
     context, pipes, times = multiprocessing.get_context("spawn"), {}, {name: [] for name in loops}
     for name, loop in loops.items():
         pipes[name], far = context.Pipe()

@@ -62,6 +62,11 @@ class Run:
     teacher: torch.nn.Module = None
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
 
+    @property
+    def arithmetic(self):
+        """What forward and backward passes compute in, for people: "float32" or "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 # ---- before the first step
 
@@ -192,7 +197,7 @@ def announce(run):
     groups = f", groups {run.architecture['groups']}" if "groups" in run.architecture else ""
     print(f"{settings['model']}{groups}, on {settings['dataset']}: {images:,} images an epoch, "
           f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}, "
-          f"{str(run.dtype).removeprefix('torch.')}; {note}")
+          f"{run.arithmetic}; {note}")
     print(f"{f'goes on after {done} of {whole} epochs; ' if done else ''}"
           f"estimated time for all rounds: {seconds / 60:.1f} min at {speed:.0f} images/s; writes {run.out}",
           flush=True)
@@ -207,7 +212,7 @@ def write_config(run):
     here = Path(__file__).resolve().parent
     config = {"settings": run.settings, "architecture": run.architecture,
               "device": commandline.device_name(run.device), "processes": parallel.ranks(),
-              "arithmetic": str(run.dtype).removeprefix("torch."),
+              "arithmetic": run.arithmetic,
               "started": time.strftime("%Y-%m-%d %H:%M:%S"),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "source": {path.name: path.read_text() for path in sorted(here.glob("*.py"))}}
