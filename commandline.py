@@ -27,7 +27,7 @@ BOUNDS = {"pad": (0, 16), "batch_size": (1, math.inf), "limit": (2, math.inf), "
           "prune_frequency": (1, math.inf), "filter_threshold": (0, math.inf), "filter_interval": (1, math.inf),
           "morph_strength": (0, math.inf), "morph_threshold": (0, math.inf), "morph_budget": (1e-6, math.inf),
           "morph_round_to": (1, math.inf), "filter_stop": (0, 1), "stop_loss": (0, math.inf), "seed": (0, 2**63 - 1),
-          "weight_bits": (1, 8), "activation_bits": (1, 8), "resize": (4, math.inf), "resize_until": (0, 1)}
+          "weight_bits": (1, 8), "activation_bits": (1, 8), "resize_until": (0, 1)}
 
 
 def read_lines(path):

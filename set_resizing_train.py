@@ -10,6 +10,8 @@ size, so its weights are the same ones. `train.py` calls it on each batch when
 import torch
 import torch.nn.functional as F
 
+SMALLEST = 8        # pixels: below, a strided convolution reads single pixels, and its gradient in bfloat16 is garbage
+
 
 def side_of(progress, side, small, until):
     """Pixels of a training image's side after `progress` in [0, 1] of a round: `small`, from `until` on `side`."""
@@ -29,12 +31,18 @@ def share_of_work(side, small, until):
 
 
 def check_resize(model, shape, small):
-    """ValueError unless `model` takes images of `small` x `small` pixels, fewer than the (C, H, W) of its data set."""
+    """ValueError unless `model` takes images of `small` x `small` pixels, from `SMALLEST` to below its data set's.
+
+    shape: (C, H, W) of the data set's images. In images of 4 pixels the last
+    convolution of stride 2 reads 1x1 maps; oneDNN's gradient of its weight, grouped
+    and in bfloat16, then reads memory that nobody wrote.
+    """
     if small is None:
         return
     channels, height, _ = shape
-    if small >= height:
-        raise ValueError(f"--resize {small}: it must be below the {height} pixels of the data set's images")
+    if not SMALLEST <= small < height:
+        raise ValueError(f"--resize {small}: it must be at least {SMALLEST} and below the {height} pixels of the data "
+                         "set's images")
     training = model.training
     model.eval()
     try:
