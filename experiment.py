@@ -52,6 +52,7 @@ class Run:
     history: list = field(default_factory=list)
     round: int = 0
     epoch: int = 0
+    planned: int = 0              # training images when it began, which decide on compiling and on arithmetic
     average: torch.nn.Module = None
     averaged: tuple = None        # the tensors of average and model in pairs, see `average_pairs`
     optimizer: torch.optim.Optimizer = None
@@ -184,11 +185,12 @@ def announce(run):
     shape = (settings["batch_size"], channels, height, width)
     images = len(run.train) * settings["batch_size"]
     done, whole = len(run.history), sum(settings["epochs"])
-    # by the whole run, also on resuming: compiled and eager steps differ in their last bits
+    # as when it began, also on resuming: compiled steps, and those in bfloat16, differ from others
+    run.planned = run.planned or whole * images
     alone = parallel.ranks() == 1
-    run.dtype = compiling.choose_arithmetic(settings["arithmetic"], run.model, whole * images, run.device)
+    run.dtype = compiling.choose_arithmetic(settings["arithmetic"], run.model, run.planned, run.device)
     run.forward, speed, note = compiling.choose_forward(run.model, settings["compile"] if alone else "off",
-                                                        whole * images, shape, autocast(run.device, run.dtype),
+                                                        run.planned, shape, autocast(run.device, run.dtype),
                                                         run.device)
     if not alone:
         speed, note = speed * parallel.ranks(), f"eager, {parallel.ranks()} processes"
@@ -273,7 +275,7 @@ def autocast(device, dtype):
 def state_of(run):
     """Everything that continues `run` bit for bit, as plain types and tensors."""
     return {**checkpoint.network_of(run.model, run.architecture), "settings": run.settings,
-            "masks": run.masks, "round": run.round, "epoch": run.epoch, "history": run.history,
+            "masks": run.masks, "round": run.round, "epoch": run.epoch, "planned": run.planned, "history": run.history,
             "average": checkpoint.weights_of(run.average) if run.average is not None else None,
             "optimizer": run.optimizer.state_dict(), "schedule": run.schedule.state_dict(),
             "random": {"generator": run.generator.get_state(), "torch": torch.get_rng_state()}}
@@ -283,6 +285,7 @@ def restore(run, state):
     """Put a state of `state_of` back into a freshly prepared run."""
     checkpoint.load_weights(run.model, run.architecture, state)
     run.round, run.epoch, run.history = state["round"], state["epoch"], state["history"]
+    run.planned = state.get("planned", 0)
     run.masks = {name: mask.to(run.device) for name, mask in state["masks"].items()}
     begin_round(run)
     if run.average is not None and state["average"] is not None:
