@@ -8,7 +8,8 @@ again. Writes results/<study>/ with runs.csv (one row a run), table.csv and
 table.md (mean and standard deviation over the seeds) and accuracy.png.
 
 Of an arm, `against` names the arm that its size and speed are compared with (the
-first one). `{seed}` in a run stands for its seed, so that an arm can name another
+first one), and `keep` names files of its first seed's run to copy beside the table:
+{"cycle.png": "cycle.png"}, from: to. `{seed}` in a run stands for its seed, so that an arm can name another
 one's files.
 `factors` instead of arms, with the `run` they belong to, makes an arm of every
 combination of their values; then influence.csv and influence.png say how much
@@ -104,6 +105,13 @@ def measure_arm(folder, data):
                                                       "score_course")}
         checkpoint.write(measured, json.dumps(kept, indent=1).encode())
     return json.loads(measured.read_text())
+
+
+def keep_files(arm, folder, out):
+    """Copy what an arm wants to keep of a run's folder to where the table goes."""
+    cifar10.check_folder(out)
+    for name, kept in arm.get("keep", {}).items():
+        checkpoint.write(out / kept, (folder / name).read_bytes())
 
 
 def row_of(arm, seed, folder, data):
@@ -272,6 +280,8 @@ def main(argv):
             if arguments.finished and not (folder / "finished").exists():
                 continue
             train_arm(arm, flags, seed, folder)
+            if arm["name"] not in {row["arm"] for row in rows}:
+                keep_files(arm, folder, out)
             rows.append(row_of(arm, seed, folder, arguments.data))
             write_results(out, study, rows)
     if not rows:

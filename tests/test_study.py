@@ -47,9 +47,11 @@ def call_here(command, show=False):
 
 def test_a_run_is_trained_exported_and_tested_in_processes_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = study_file(tmp_path, seeds=[3], arms=[{"group": "g", "name": "a", "run": "train.py --mixing none"}])
+    path = study_file(tmp_path, seeds=[3], arms=[{"group": "g", "name": "a", "run": "train.py --mixing none",
+                                                  "keep": {"history.csv": "epochs.csv"}}])
     study.main([str(path)])
     (row,) = pd.read_csv("results/small/runs.csv").to_dict("records")
+    assert Path("results/small/epochs.csv").read_bytes() == Path("runs/small-a-s3/history.csv").read_bytes()
     assert row["seed"] == 3 and row["test_images"] == 360
     with pytest.raises(RuntimeError, match="python train.py --groups 3 failed with exit code 2"):
         study.call(["train.py", "--groups", "3"])
