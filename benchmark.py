@@ -40,19 +40,18 @@ SHAPE = (3, 32, 32)
 
 # ---- training
 
-def make_run(recipe, resize, arguments):
+def make_run(changes, arguments):
     """A run that is ready to train, with the settings that train.py would resolve; nothing is written."""
     lines, _ = commandline.read_lines(train.__file__)
-    settings = {**train.DEFAULTS, **lines, **train.RECIPES.get(recipe, {}), "lines": lines,
-                "recipe": recipe, "resize": resize, "dataset": arguments.dataset, "data": arguments.data,
-                "device": arguments.device, "out": "unused", "dry_run": True}
+    recipe = changes.get("recipe", "ours")
+    settings = {**train.DEFAULTS, **lines, **train.RECIPES.get(recipe, {}), **changes, "lines": lines,
+                "dataset": arguments.dataset, "data": arguments.data, "device": arguments.device,
+                "out": "unused", "dry_run": True}
     run = experiment.prepare(settings, None)
     height, width, channels = cifar10.KINDS[arguments.dataset].shape
     shape = (settings["batch_size"], channels, height, width)
     wanted = "off" if recipe == "published" else "auto"
-    run.dtype = compiling.choose_arithmetic(settings["arithmetic"], run.model, compiling.WORTH_COMPILING, run.device)
-    run.forward, _, note = compiling.choose_forward(run.model, wanted, compiling.WORTH_COMPILING, shape,
-                                                    experiment.autocast(run.device, run.dtype), run.device)
+    _, note = experiment.choose_computing(run, wanted, compiling.WORTH_COMPILING, shape)
     experiment.begin_round(run)
     return run, f"{run.arithmetic}, {note}"
 
@@ -97,7 +96,7 @@ def endless(batches):
 def serve(loop, arguments, pipe):
     """A process that holds one loop and times a part of it whenever it is asked, so that neither helps the other."""
     try:
-        run, note = make_run(*loop, arguments)
+        run, note = make_run(loop, arguments)
         training, validation = endless(run.train), endless(run.validation)
         pipe.send((note, run.settings["batch_size"]))
         for _ in iter(pipe.recv, None):
@@ -119,10 +118,11 @@ def ask(pipe):
 
 def measure_training(arguments):
     """The rows of the table: median and range over the repeats, by loop."""
-    loops = {"ours": ("ours", None)}
-    if arguments.resize is not None:
-        loops[f"ours, --resize {arguments.resize}"] = "ours", arguments.resize
-    loops["published"] = "published", None
+    loops = {"ours": {}}
+    for name in ("resize", "convolutions"):
+        if getattr(arguments, name) is not None:
+            loops[f"ours, --{name} {getattr(arguments, name)}"] = {name: getattr(arguments, name)}
+    loops["published"] = {"recipe": "published"}
     context, pipes, times = multiprocessing.get_context("spawn"), {}, {name: [] for name in loops}
     for name, loop in loops.items():
         pipes[name], far = context.Pipe()
@@ -291,6 +291,8 @@ def parse(argv):
     parser.add_argument("--images", type=int, default=1500, help="training: images a repeat and a part (1500)")
     parser.add_argument("--resize", type=int, metavar="PIXELS",
                         help="training: our loop also with images of so many pixels for half of a round")
+    parser.add_argument("--convolutions", choices=["grouped", "dense"],
+                        help="training: our loop also with grouped convolutions computed so")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 256], help="inference: images a call (1 256)")

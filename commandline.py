@@ -92,6 +92,8 @@ def training_parser(description, choices, datasets):
     parser.add_argument("--compile", choices=["auto", "on", "off"], help="auto: where it pays and a compiler is there")
     parser.add_argument("--arithmetic", choices=["auto", "float32", "bfloat16"],
                         help="of training; auto: bfloat16 on CUDA and where a CPU has instructions for it")
+    parser.add_argument("--convolutions", choices=["auto", "grouped", "dense"],
+                        help="how grouped ones compute: as such, or dense with zeros; auto: the faster one on CUDA")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--teacher", metavar="CHECKPOINT", help="learn from this network too (distillation)")
     parser.add_argument("--temperature", type=float, help="of the distillation (4)")

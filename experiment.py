@@ -60,6 +60,7 @@ class Run:
     schedule: object = None
     forward: object = None        # the model, or the model compiled
     dtype: torch.dtype = torch.float32    # arithmetic of forward and backward passes
+    form: str = None              # of its grouped convolutions, see `compiling.compute_as`
     teacher: torch.nn.Module = None
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
 
@@ -188,10 +189,7 @@ def announce(run):
     # as when it began, also on resuming: compiled steps, and those in bfloat16, differ from others
     run.planned = run.planned or whole * images
     alone = parallel.ranks() == 1
-    run.dtype = compiling.choose_arithmetic(settings["arithmetic"], run.model, run.planned, run.device)
-    run.forward, speed, note = compiling.choose_forward(run.model, settings["compile"] if alone else "off",
-                                                        run.planned, shape, autocast(run.device, run.dtype),
-                                                        run.device)
+    speed, note = choose_computing(run, settings["compile"] if alone else "off", run.planned, shape)
     if not alone:
         speed, note = speed * parallel.ranks(), f"eager, {parallel.ranks()} processes"
     work = share_of_work(height, settings["resize"], settings["resize_until"])
@@ -199,7 +197,7 @@ def announce(run):
     groups = f", groups {run.architecture['groups']}" if "groups" in run.architecture else ""
     print(f"{settings['model']}{groups}, on {settings['dataset']}: {images:,} images an epoch, "
           f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}, "
-          f"{run.arithmetic}; {note}")
+          f"{run.arithmetic}{', grouped convolutions as dense ones' if run.form == 'dense' else ''}; {note}")
     print(f"{f'goes on after {done} of {whole} epochs; ' if done else ''}"
           f"estimated time for all rounds: {seconds / 60:.1f} min at {speed:.0f} images/s; writes {run.out}",
           flush=True)
@@ -209,12 +207,31 @@ def announce(run):
         write_config(run)
 
 
+def choose_computing(run, wanted, images, shape):
+    """Set the arithmetic of `run`, the form of its grouped convolutions, and what is called in place of the model.
+
+    wanted, images, shape: as `compiling.choose_forward` has them. Returns training
+    images a second, and a note for people.
+    """
+    run.dtype, tried = compiling.choose_arithmetic(run.settings["arithmetic"], run.model, images, run.device), {}
+    for form in [run.form] if run.form else compiling.forms_of(run.settings["convolutions"], run.model, run.device):
+        compiling.compute_as(run.model, form)
+        tried[form] = compiling.choose_forward(run.model, wanted, images, shape, autocast(run.device, run.dtype),
+                                               run.device)
+    run.form = parallel.agreed(max(tried, key=lambda form: tried[form][1]))
+    for model in (run.model, run.average):
+        if model is not None:
+            compiling.compute_as(model, run.form)
+    run.forward, speed, note = tried[run.form]
+    return speed, note
+
+
 def write_config(run):
     """config.json: the resolved settings, the sources, the versions, the device."""
     here = Path(__file__).resolve().parent
     config = {"settings": run.settings, "architecture": run.architecture,
               "device": commandline.device_name(run.device), "processes": parallel.ranks(),
-              "arithmetic": run.arithmetic,
+              "arithmetic": run.arithmetic, "convolutions": run.form,
               "started": time.strftime("%Y-%m-%d %H:%M:%S"),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "source": {path.name: path.read_text() for path in sorted(here.glob("*.py"))}}
@@ -275,7 +292,8 @@ def autocast(device, dtype):
 def state_of(run):
     """Everything that continues `run` bit for bit, as plain types and tensors."""
     return {**checkpoint.network_of(run.model, run.architecture), "settings": run.settings,
-            "masks": run.masks, "round": run.round, "epoch": run.epoch, "planned": run.planned, "history": run.history,
+            "masks": run.masks, "round": run.round, "epoch": run.epoch, "planned": run.planned, "form": run.form,
+            "history": run.history,
             "average": checkpoint.weights_of(run.average) if run.average is not None else None,
             "optimizer": run.optimizer.state_dict(), "schedule": run.schedule.state_dict(),
             "random": {"generator": run.generator.get_state(), "torch": torch.get_rng_state()}}
@@ -285,7 +303,7 @@ def restore(run, state):
     """Put a state of `state_of` back into a freshly prepared run."""
     checkpoint.load_weights(run.model, run.architecture, state)
     run.round, run.epoch, run.history = state["round"], state["epoch"], state["history"]
-    run.planned = state.get("planned", 0)
+    run.planned, run.form = state.get("planned", 0), state.get("form")
     run.masks = {name: mask.to(run.device) for name, mask in state["masks"].items()}
     begin_round(run)
     if run.average is not None and state["average"] is not None:

@@ -71,13 +71,14 @@ DEFAULTS = {
     "ema_decay": 0.998, "pad": 4, "binary_scale": "glorot", "weight_bits": 2, "activation_bits": 4,
     "layer_bits": [], "activation": "relu", "pooling": "max", "shortcut": "B",
     "resize": None, "resize_until": 0.5,
-    "recipe": "ours", "compile": "auto", "arithmetic": "auto", "device": "auto", "seed": 0,
+    "recipe": "ours", "compile": "auto", "arithmetic": "auto", "convolutions": "auto", "device": "auto", "seed": 0,
     "limit": None, "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
 }
 RECIPES = {"published": {    # the run that this project started from; measure() has its four passes an epoch
     "shuffle": False, "mixing": "cutmix", "mix_probability": 1.0, "schedule": "plateau", "averaging": "none",
     "batch_size": 32, "lr": 0.01, "momentum": 0.5, "nesterov": False, "weight_decay": 1e-5,
     "label_smoothing": 0.0, "weights": "float", "compile": "off", "arithmetic": "float32",
+    "convolutions": "grouped",
 }}
 READ_EVERY = 50      # steps on CUDA, from one look at whether all were finite to the next
 MIXINGS = {"cutmix": cutmix, "mixup": mixup}

@@ -8,7 +8,6 @@ from samples import SMALL, assert_same, random_data
 
 import cifar10
 
-
 # ---- the split
 
 def numbered(count):

@@ -3,6 +3,11 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import compiling
 import networks
@@ -78,6 +83,57 @@ def test_calls_are_warmed_up_counted_and_timed():
 def test_spread_is_median_least_and_greatest():
     assert compiling.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
+
+# ---- grouped convolutions
+
+@settings(deadline=None)
+@given(st.sampled_from([(1, 1, 1), (2, 2, 3), (4, 1, 2), (8, 3, 1), (3, 2, 4)]), st.sampled_from([1, 3]),
+       st.integers(0, 9))
+def test_a_grouped_convolution_is_the_dense_one_of_its_blocks(form, kernel, seed):
+    groups, inside, outside = form
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(groups * outside, inside, kernel, kernel, generator=generator, dtype=torch.float64)
+    images = torch.randn(2, groups * inside, 5, 5, generator=generator, dtype=torch.float64)
+    dense = compiling.block_diagonal(weight, groups)
+    assert torch.equal(dense[:, :, 0, 0], torch.block_diag(*weight[:, :, 0, 0].chunk(groups)))
+    weight.requires_grad_()
+    one = F.conv2d(images, weight, padding=kernel // 2, groups=groups)
+    other = F.conv2d(images, compiling.block_diagonal(weight, groups), padding=kernel // 2)
+    assert torch.allclose(one, other, atol=1e-12)
+    upstream = torch.randn(one.shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad(output, weight, upstream)[0] for output in (one, other)]
+    assert torch.allclose(*gradients, atol=1e-12)
+
+
+def test_dense_form_is_the_same_network_and_is_undone():
+    model, images = build("resnet18", 8).double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    before, kept = model(images), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compiling.compute_as(model, "dense")
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert type(layers[0]) is torch.nn.Conv2d
+    assert {type(layer) for layer in layers[1:]} == {compiling.BlockDiagonalConv2d}
+    with FlopCounterMode(display=False) as counter:
+        assert torch.allclose(model(images), before, atol=1e-9)
+    dense = build("resnet18", 1).double().eval()
+    with FlopCounterMode(display=False) as other:
+        dense(images)
+    assert counter.get_total_flops() == other.get_total_flops()
+    assert same(kept, dict(model.state_dict()))
+    compiling.compute_as(model, "grouped")
+    assert torch.equal(model(images), before)
+
+
+def test_forms_are_tried_where_there_is_a_gpu_and_something_grouped():
+    grouped, cuda = build("resnet18", 8), torch.device("cuda")
+    assert compiling.forms_of("auto", grouped, cuda) == ["grouped", "dense"]
+    assert compiling.forms_of("auto", grouped, CPU) == ["grouped"]
+    assert compiling.forms_of("dense", grouped, CPU) == ["dense"]
+    for other in (build("resnet18", 1), networks.build(name="mobilenet"),
+                  networks.build(name="resnet20", bits={"conv1": [2, 2]})):
+        assert compiling.forms_of("auto", other, cuda) == ["grouped"] and not compiling.grouped_layers(other)
+
+
+# ---- arithmetic
 
 def cpu_with(monkeypatch, *names):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True), raising=False)
