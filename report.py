@@ -163,8 +163,8 @@ def draw_accuracy_size(path, table):
     for dataset, rows in tested.groupby("dataset"):
         axes.scatter(rows["nonzero"], rows["test_accuracy"], label=f"ours, {dataset}")
         for row in rows.itertuples():
-            axes.annotate(f"{row.network}, {row.epochs} epochs", (row.nonzero, row.test_accuracy), xytext=(6, -10),
-                          textcoords="offset points", fontsize=8)
+            axes.annotate(f"{row.network}, {row.epochs} epochs", (row.nonzero, row.test_accuracy), xytext=(-6, -3),
+                          textcoords="offset points", ha="right", fontsize=8)
     if "cifar10" in set(tested["dataset"]):
         axes.scatter([size for _, size, _ in CITED], [accuracy for *_, accuracy in CITED], marker="x", color="gray",
                      label="cited, CIFAR-10")
@@ -174,6 +174,7 @@ def draw_accuracy_size(path, table):
                           ha="right" if right else "left", fontsize=8, color="gray")
     axes.set(xscale="log", xlabel="parameters that are not zero", ylabel="test accuracy (%)")
     axes.margins(x=0.25, y=0.15)
+    axes.set_xlim(left=axes.get_xlim()[0] / 12)              # room for the names on the left
     if axes.collections:
         axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
