@@ -106,9 +106,9 @@ class BlockDiagonalConv2d(nn.Conv2d):
 
 def block_diagonal(weight, groups):
     """The weight of a grouped convolution, (O, I / groups, H, W), as that of the dense one it is, (O, I, H, W)."""
-    blocks = weight.view(groups, -1, 1, *weight.shape[1:])
+    blocks = weight.reshape(groups, -1, 1, *weight.shape[1:])
     own = torch.eye(groups, dtype=weight.dtype, device=weight.device).view(groups, 1, groups, 1, 1, 1)
-    return (blocks * own).view(len(weight), -1, *weight.shape[2:])
+    return (blocks * own).reshape(len(weight), -1, *weight.shape[2:])
 
 
 def grouped_layers(model):

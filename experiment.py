@@ -214,7 +214,8 @@ def choose_computing(run, wanted, images, shape):
     images a second, and a note for people.
     """
     run.dtype, tried = compiling.choose_arithmetic(run.settings["arithmetic"], run.model, images, run.device), {}
-    for form in [run.form] if run.form else compiling.forms_of(run.settings["convolutions"], run.model, run.device):
+    asked = run.settings["convolutions"]
+    for form in compiling.forms_of(run.form or asked if asked == "auto" else asked, run.model, run.device):
         compiling.compute_as(run.model, form)
         tried[form] = compiling.choose_forward(run.model, wanted, images, shape, autocast(run.device, run.dtype),
                                                run.device)

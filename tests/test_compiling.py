@@ -88,12 +88,13 @@ def test_spread_is_median_least_and_greatest():
 
 @settings(deadline=None)
 @given(st.sampled_from([(1, 1, 1), (2, 2, 3), (4, 1, 2), (8, 3, 1), (3, 2, 4)]), st.sampled_from([1, 3]),
-       st.integers(0, 9))
-def test_a_grouped_convolution_is_the_dense_one_of_its_blocks(form, kernel, seed):
+       st.integers(0, 9), st.sampled_from([torch.contiguous_format, torch.channels_last]))
+def test_a_grouped_convolution_is_the_dense_one_of_its_blocks(form, kernel, seed, layout):
     groups, inside, outside = form
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(groups * outside, inside, kernel, kernel, generator=generator, dtype=torch.float64)
     images = torch.randn(2, groups * inside, 5, 5, generator=generator, dtype=torch.float64)
+    weight = weight.to(memory_format=layout)
     dense = compiling.block_diagonal(weight, groups)
     assert torch.equal(dense[:, :, 0, 0], torch.block_diag(*weight[:, :, 0, 0].chunk(groups)))
     weight.requires_grad_()

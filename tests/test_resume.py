@@ -190,23 +190,25 @@ def test_techniques_together_go_on_bit_for_bit(flags, tmp_path):
 def test_the_faster_form_of_grouped_convolutions_is_kept(tmp_path, monkeypatch):
     """As on CUDA, where both are timed; here the times are made up, and turned round when the run goes on."""
     flags, real = [*SHORT, "--batch-size", "16", "--epochs", "2", "1", "--sparsity", "0.5"], compiling.choose_forward
-    forms, times = [], {"grouped": [1.0, 2.0], "dense": [2.0, 1.0]}
+    forms = []
 
     def forms_of(wanted, model, device):
-        forms.append(["grouped", "dense"])
-        return forms[-1]
+        forms.append(wanted)
+        return ["grouped", "dense"] if wanted == "auto" else [wanted]
 
     def choose_forward(model, *arguments):
         forward, _, note = real(model, *arguments)
         dense = any(isinstance(layer, compiling.BlockDiagonalConv2d) for layer in model.modules())
-        return forward, times["dense" if dense else "grouped"][len(forms) - 1], note
+        return forward, 2.0 if dense == (len(forms) == 1) else 1.0, note
     monkeypatch.setattr(compiling, "forms_of", forms_of)
     monkeypatch.setattr(compiling, "choose_forward", choose_forward)
     run_in_parts(lambda: train_pruning.main([*flags, "--out", str(tmp_path / "parts")]), tmp_path / "parts", 3)
-    assert len(forms) == 1 and checkpoint.read(tmp_path / "parts" / "last.pt")["form"] == "dense"
+    assert forms == ["auto", *["dense"] * 3] and checkpoint.read(tmp_path / "parts" / "last.pt")["form"] == "dense"
     monkeypatch.undo()
     train_pruning.main([*flags, "--convolutions", "dense", "--out", str(tmp_path / "whole")])
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    forced = start("--resume", "--force", "--convolutions", "grouped", "--out", tmp_path / "parts")
+    assert forced.form == "grouped"
 
 
 def test_run_begun_before_a_setting_existed_goes_on_with_its_default(finished, tmp_path):
