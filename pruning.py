@@ -72,12 +72,15 @@ def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=(), 
 
 
 def ranked(scores, masks, protected, removed):
-    """The masks after `removed` more weights, those of the smallest scores that are not protected, are taken out."""
+    """The masks after `removed` more weights, those of the smallest scores that are not protected, are taken out.
+
+    All are made contiguous: torch's pruning cannot rank weights in channels_last, which they are in on CUDA.
+    """
     holders, importance = {}, {}
     for name, score in scores.items():
-        holder = nn.Module()
+        score, holder = score.contiguous(), nn.Module()
         holder.weight = nn.Parameter(score.clone())
-        prune.custom_from_mask(holder, "weight", masks[name])
+        prune.custom_from_mask(holder, "weight", masks[name].contiguous())
         holders[name] = holder
         importance[holder, "weight"] = score.masked_fill(protected[name], math.inf)
     prune.global_unstructured([(holder, "weight") for holder in holders.values()], prune.L1Unstructured,

@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 import experiment
 import pruning
+import resnet_factorized
 import train
 
 
@@ -453,3 +454,17 @@ def test_recalibration_gives_the_statistics_of_the_images():
     parts = torch.stack([part.var((0, 2, 3)) for part in hidden.split(10)])
     assert torch.allclose(model[1].running_var, parts.mean(0), rtol=1e-4)
     assert not model.training and model[1].momentum == momentum and torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("score", ["l1", "lamp"])
+def test_weights_in_channels_last_are_pruned_as_others(score):
+    """On CUDA weights are in that memory format."""
+    torch.manual_seed(0)
+    model = resnet_factorized.build("resnet18", 8)
+    masks = pruning.global_masks(model, 0.7, {}, score=score)
+    model = model.to(memory_format=torch.channels_last)
+    found = pruning.global_masks(model, 0.7, {}, score=score)
+    assert all(torch.equal(masks[name], found[name]) for name in masks)
+    again = pruning.global_masks(model, 0.7, {name: mask.to(memory_format=torch.channels_last) if mask.dim() == 4
+                                              else mask for name, mask in found.items()}, score=score)
+    assert sum(int(mask.sum()) for mask in again.values()) < sum(int(mask.sum()) for mask in found.values())
