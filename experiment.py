@@ -215,7 +215,9 @@ def choose_computing(run, wanted, images, shape):
     """
     run.dtype, tried = compiling.choose_arithmetic(run.settings["arithmetic"], run.model, images, run.device), {}
     asked = run.settings["convolutions"]
-    for form in compiling.forms_of(run.form or asked if asked == "auto" else asked, run.model, run.device):
+    if asked == "auto" and run.form:
+        asked = run.form                  # as when it began
+    for form in compiling.forms_of(asked, run.model, run.device):
         compiling.compute_as(run.model, form)
         tried[form] = compiling.choose_forward(run.model, wanted, images, shape, autocast(run.device, run.dtype),
                                                run.device)

@@ -9,8 +9,8 @@ table.md (mean and standard deviation over the seeds) and accuracy.png.
 
 Of an arm, `against` names the arm that its size and speed are compared with (the
 first one), and `keep` names files of its first seed's run to copy beside the table:
-{"cycle.png": "cycle.png"}, from: to. `{seed}` in a run stands for its seed, so that an arm can name another
-one's files.
+{"cycle.png": "cycle.png"}, from: to. `{seed}` in a run stands for its seed, so that
+an arm can name another one's files.
 `factors` instead of arms, with the `run` they belong to, makes an arm of every
 combination of their values; then influence.csv and influence.png say how much
 each factor, and each product of factors, moves the error and the reduction.

@@ -1,7 +1,6 @@
 """Data: what is read from disk, and what is refused."""
 import gzip
 import hashlib
-import os
 import pickle
 import struct
 import urllib.error
@@ -9,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import DATA, ROOT
 from samples import SMALL, assert_same, random_data
 
 import cifar10
-
-ROOT = Path(__file__).resolve().parents[1]
-DATA_ROOT = Path(os.environ.get("DATA_ROOT", ROOT.parent / "shared" / "data"))
 
 
 @pytest.fixture
@@ -288,11 +285,11 @@ def test_truncated_mnist_file_is_named_and_not_called_a_failed_download(tmp_path
 
 def find_mnist():
     """The folder that holds MNIST/raw/; skips where there is none."""
-    for folder in (DATA_ROOT / "mnist", DATA_ROOT, ROOT / "data"):
+    for folder in (DATA / "mnist", DATA, ROOT / "data"):
         raw = folder / "MNIST" / "raw"
         if all((raw / name).exists() or (raw / f"{name}.gz").exists() for name in MNIST_FILES):
             return folder
-    pytest.skip(f"needs the real MNIST files: no MNIST/raw/ in {DATA_ROOT}/mnist, {DATA_ROOT} or {ROOT}/data "
+    pytest.skip(f"needs the real MNIST files: no MNIST/raw/ in {DATA}/mnist, {DATA} or {ROOT}/data "
                 "(set DATA_ROOT)")
 
 
