@@ -117,9 +117,6 @@ def check_settings(settings):
     epochs, sparsity = settings["epochs"], settings["sparsity"]
     if settings.get("weights") == "lsq" and settings["recipe"] == "published":
         raise ValueError("--weights lsq does not go with --recipe published, which trains with floats; leave one out")
-    if settings.get("weights") == "lsq" and settings["arithmetic"] == "bfloat16":
-        raise ValueError("--weights lsq does not go with --arithmetic bfloat16, which does not hold its integers; "
-                         "leave one out")
     if settings.get("weights") == "lsq" and settings["pruning"] in SHRINKING:
         raise ValueError(f"--weights lsq does not go with --pruning {settings['pruning']}, which removes channels: "
                          "shrink a network of floats first, then --start from it")

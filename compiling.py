@@ -70,17 +70,13 @@ def choose_arithmetic(wanted, model, images, device):
 
     wanted: "float32", "bfloat16", or "auto": bfloat16 on CUDA, and on a CPU that has
     instructions for it where the run trains on enough `images` and the network has
-    no depthwise convolutions, which are slower so. Layers of few bits count in
-    integers that bfloat16 does not hold: float32.
+    no depthwise convolutions, which are slower so.
     """
     if wanted != "auto":
         return getattr(torch, wanted)
-    layers = list(model.modules())
-    if any(hasattr(layer, "weight_bits") for layer in layers):
-        return torch.float32
     if device.type == "cuda":
         return torch.bfloat16
-    depthwise = any(isinstance(layer, torch.nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in layers)
+    depthwise = any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in model.modules())
     pays = device.type == "cpu" and images >= WORTH_COMPILING and has_bfloat16() and not depthwise
     return torch.bfloat16 if pays else torch.float32
 

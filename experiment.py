@@ -69,6 +69,11 @@ class Run:
         """What forward and backward passes compute in, for people: "float32" or "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def measuring_dtype(self):
+        """Arithmetic of measuring passes: float32 with few bits, whose sums of integers are exact there, as in use."""
+        return torch.float32 if self.settings["weights"] == "lsq" else self.dtype
+
 
 # ---- before the first step
 

@@ -124,7 +124,9 @@ class QuantizedConv2d(nn.Conv2d):
     """A convolution of integers: its inputs and weights are rounded, and the sums are scaled back.
 
     `quantized` makes one of a plain layer. Convolving integers, not their multiples,
-    keeps float32 sums exact below 2^24, as those of `integer_inference` are.
+    keeps float32 sums exact below 2^24, as those of `integer_inference` are. Training
+    may compute it in bfloat16, which holds the integers exactly (up to 256) and rounds
+    each sum once.
     """
 
     def forward(self, images):

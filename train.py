@@ -288,11 +288,11 @@ def measure(run):
     measured training accuracy, loss and accuracy, each in a pass of its own.
     """
     if run.settings["recipe"] == "published":
-        evaluate(run.model, run.train, run.device, run.dtype)
-        return tuple(evaluate(run.model, run.validation, run.device, run.dtype)[part] for part in (0, 1))
+        evaluate(run.model, run.train, run.device, run.measuring_dtype)
+        return tuple(evaluate(run.model, run.validation, run.device, run.measuring_dtype)[part] for part in (0, 1))
     model = networks_of(run)[-1]
     with evaluation_weights(model, run.settings["weights"], run.settings["binary_scale"], run.masks):
-        return evaluate(model, run.validation, run.device, run.dtype)
+        return evaluate(model, run.validation, run.device, run.measuring_dtype)
 
 
 def recalibrate(run, model):

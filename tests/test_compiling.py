@@ -143,7 +143,7 @@ def cpu_with(monkeypatch, *names):
 @pytest.mark.parametrize("name, bits, images, has, expected", [
     ("resnet20", {}, 30_000, True, torch.bfloat16), ("resnet20", {}, 30_000, False, torch.float32),
     ("resnet20", {}, 29_999, True, torch.float32), ("mobilenet", {}, 30_000, True, torch.float32),
-    ("resnet20", {"conv1": [2, 2]}, 30_000, True, torch.float32)])
+    ("resnet20", {"conv1": [2, 2]}, 30_000, True, torch.bfloat16)])
 def test_arithmetic_is_bfloat16_where_the_cpu_has_it_and_it_pays(monkeypatch, name, bits, images, has, expected):
     cpu_with(monkeypatch, *["avx512_bf16"] * has)
     model = networks.build(name=name, **({"bits": bits} if bits else {}))

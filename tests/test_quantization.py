@@ -153,6 +153,19 @@ def test_weights_on_the_grid_stay_there_in_half_precision(bits):
 
 # ---- first steps, layers and their bits
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 8), st.sampled_from([0.0, -1.5]), st.integers(0, 99))
+def test_bfloat16_holds_the_integers_and_rounds_each_sum_once(weights, inputs, lowest, seed):
+    generator = torch.Generator().manual_seed(seed)
+    layer = quantization.quantized(nn.Conv2d(4, 3, 3, bias=False), [weights, inputs], (0.5, lowest, 2.0))
+    images = torch.randn(2, 4, 6, 6, generator=generator) + 1
+    exact = layer(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = layer(images)
+    assert rounded.dtype == torch.float32
+    assert ((rounded - exact).abs() <= 1.01 * 2.0 ** -8 * exact.abs()).all()
+
+
 def test_first_weight_steps():
     weight = torch.tensor([[1.0, -2.0, 0.0], [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]])
     assert quantization.first_weight_step(weight, 3).tolist() == pytest.approx(
@@ -277,6 +290,22 @@ def test_it_learns_from_a_network_of_floats(float_run, tmp_path):
     assert quantization.bits_of(model) == state["architecture"]["bits"]
     assert json.loads((out / "config.json").read_text())["architecture"] == state["architecture"]
     assert len(model.linear1.integers().unique()) <= 4
+
+
+def test_training_in_bfloat16_is_measured_in_float32_as_its_file_is(float_run, tmp_path):
+    flags = ["--limit", 64, "--batch-size", 16, "--epochs", 2, "--weights", "lsq", "--lr", 0.02, "--mixing", "none",
+             "--averaging", "none", "--start", float_run / "model.pt"]
+    runs = {}
+    for arithmetic in ("bfloat16", "float32"):
+        runs[arithmetic] = start(*flags, "--arithmetic", arithmetic, "--out", tmp_path / arithmetic)
+        train.fit(runs[arithmetic])
+    run = runs["bfloat16"]
+    assert run.arithmetic == "bfloat16" and not same(run.model.state_dict(), runs["float32"].model.state_dict())
+    for row in zip(*(each.history for each in runs.values()), strict=True):
+        assert row[0]["train_loss"] == pytest.approx(row[1]["train_loss"], rel=0.05)
+    in_use = train.evaluate(run.model, run.validation, run.device)
+    assert train.measure(run) == in_use != train.evaluate(run.model, run.validation, run.device, torch.bfloat16)
+    assert run.history[-1]["validation_loss"] == pytest.approx(in_use[0], abs=1e-4)
 
 
 def test_it_starts_from_few_bits_too_and_floats_from_them(float_run, tmp_path):

@@ -511,8 +511,3 @@ def test_bfloat16_arithmetic_leaves_weights_and_average_in_float32(tmp_path):
     assert {tensor.dtype for tensor in floats} == {torch.float32}
     assert not same(state["weights"], exact["weights"])                # another arithmetic
     assert state["history"][0]["train_loss"] == pytest.approx(exact["history"][0]["train_loss"], rel=0.02)
-
-
-def test_few_bits_are_not_counted_in_bfloat16(tmp_path):
-    with pytest.raises(ValueError, match="does not go with --arithmetic bfloat16"):
-        train.main(["--dataset", "digits", "--weights", "lsq", "--arithmetic", "bfloat16", "--out", str(tmp_path)])
