@@ -4,7 +4,8 @@
     model = build("resnet56", shortcut="A")      # 853,018 parameters, 125,485,696 MACs at 32x32
     model = build("lenet5", in_channels=1, size=28, activation="tanh", pooling="average")
 
-`NETWORKS` names them; any wrn-d-k of 6 n + 4 layers is built too. `arguments_of`
+`NETWORKS` names them; any wrn-d-k of 6 n + 4 layers is built too, and any ResNet of
+6 n + 2 layers with the widths of its stages, as resnet20-12-28-64. `arguments_of`
 says which arguments a network has; another one is refused, not ignored.
 
 Every network has `channels()`: which layers make, normalise and read each set of
@@ -203,18 +204,19 @@ class WideBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet of 6 n + 2 layers (He et al. 2015, arXiv:1512.03385, section 4.2): three stages of 16, 32, 64 channels.
+    """ResNet of 6 n + 2 layers (He et al. 2015, arXiv:1512.03385, section 4.2): three stages of channels.
 
     images: (N, in_channels, H, W) float, normalised -> logits: (N, num_classes).
+    widths: of the stages, 16, 32 and 64 in the paper; the stem has the first.
     """
 
-    def __init__(self, depth, activation, shortcut, num_classes, in_channels):
+    def __init__(self, depth, widths, activation, shortcut, num_classes, in_channels):
         super().__init__()
-        self.conv1, self.bn1 = convolution(in_channels, 16, 3), nn.BatchNorm2d(16)
+        self.conv1, self.bn1 = convolution(in_channels, widths[0], 3), nn.BatchNorm2d(widths[0])
         self.activation, self.tied = ACTIVATIONS[activation](), shortcut == "B"
-        self.layer1, self.layer2, self.layer3 = stages(BasicBlock, (16, 16, 32, 64), (depth - 2) // 6,
+        self.layer1, self.layer2, self.layer3 = stages(BasicBlock, (widths[0], *widths), (depth - 2) // 6,
                                                        activation=activation, option=shortcut)
-        self.linear = nn.Linear(64, num_classes)
+        self.linear = nn.Linear(widths[-1], num_classes)
         initialise(self)
 
     def forward(self, images):
@@ -297,10 +299,11 @@ PLAIN = {      # filters, hidden linear layers, padding: None pads the images to
     "lenet5-student": ((3, 8), (50,), None),
     "cifar-quick": ((32, 32, 64), (64,), (2, 2, 2)),
 }
+RESIDUAL = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 NETWORKS = {   # the arguments beside num_classes and in_channels
     "lenet5": ("size", "activation", "pooling"), "lenet5-student": ("size", "activation", "pooling"),
     "cifar-quick": ("activation", "pooling"), "mobilenet": ("activation",),
-    **dict.fromkeys(("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"), ("activation", "shortcut")),
+    **dict.fromkeys(RESIDUAL, ("activation", "shortcut")),
     "wrn-16-4": ("activation",), "wrn-28-10": ("activation",),
 }
 CHOICES = {    # the default first
@@ -315,19 +318,32 @@ def wide(name):
     return (depth, factor) if depth >= 10 and depth % 6 == 4 else None
 
 
+def residual(name):
+    """(depth, widths of the stages) of resnet20 to 110, or of a name like resnet20-12-28-64; None for others.
+
+    Such names have 6 n + 2 layers, and widths that do not fall.
+    """
+    match = re.fullmatch(r"resnet([1-9][0-9]*)((?:-[1-9][0-9]*){3})", name)
+    if not match:
+        return (int(name.removeprefix("resnet")), (16, 32, 64)) if name in RESIDUAL else None
+    depth, widths = int(match[1]), tuple(map(int, match[2].split("-")[1:]))
+    return (depth, widths) if depth >= 8 and depth % 6 == 2 and list(widths) == sorted(widths) else None
+
+
 def arguments_of(name):
     """The arguments of `build` that a network has beside num_classes and in_channels; ValueError for unknown names."""
-    if name not in NETWORKS and not wide(name):
+    if name not in NETWORKS and not wide(name) and not residual(name):
         raise ValueError(f"no network is called {name!r}; choose from {', '.join(NETWORKS)}, "
-                         "or wrn-d-k with d = 10, 16, 22, ... layers, k times as wide")
-    return NETWORKS.get(name, ("activation",))
+                         "wrn-d-k with d = 10, 16, 22, ... layers, k times as wide, or resnetd-a-b-c with d = 8, 14, "
+                         "20, ... layers, their widths a <= b <= c by stage")
+    return NETWORKS.get(name, ("activation", "shortcut") if residual(name) else ("activation",))
 
 
 def build(name, num_classes=10, in_channels=3, size=32, activation="relu", pooling="max", shortcut="B"):
     """The network called `name`, freshly initialised from torch's global generator.
 
     size: pixels a side, 28 or 32, for the LeNets; Cifar-quick takes 32, all others
-    any size. shortcut: of resnet20 to 110, see `basic_shortcut`. Raises ValueError
+    any size. shortcut: of ResNets, see `basic_shortcut`. Raises ValueError
     with the choices for an unknown name or argument, and for an argument other than
     the default that the network does not have.
     """
@@ -344,4 +360,4 @@ def build(name, num_classes=10, in_channels=3, size=32, activation="relu", pooli
         return Plain(*PLAIN[name], **chosen)
     if name == "mobilenet":
         return MobileNet(**chosen)
-    return WideResNet(*wide(name), **chosen) if wide(name) else ResNet(int(name.removeprefix("resnet")), **chosen)
+    return WideResNet(*wide(name), **chosen) if wide(name) else ResNet(*residual(name), **chosen)

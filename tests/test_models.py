@@ -25,12 +25,14 @@ GOLDEN = [      # name, arguments, (channels, size) of an image, parameters, MAC
     ("resnet56", {"shortcut": "A"}, (3, 32), 853_018, 125_485_696),
     ("resnet56", {"shortcut": "B"}, (3, 32), 855_770, 125_747_840),
     ("resnet110", {"shortcut": "A"}, (3, 32), 1_727_962, 252_887_680),
+    ("resnet20-14-28-56", {}, (3, 32), 208_904, 31_296_048),
     ("wrn-16-4", {}, (3, 32), 2_748_890, 392_612_352),
     ("wrn-28-10", {}, (3, 32), 36_479_194, 5_243_328_768),
 ]
 SMALL = [       # name, arguments, side of an image that is quick to compute
     ("lenet5", {"size": 28}, 28), ("lenet5", {"pooling": "average"}, 32), ("lenet5-student", {}, 32),
     ("cifar-quick", {}, 32), ("mobilenet", {}, 16), ("resnet20", {"shortcut": "A"}, 8), ("resnet20", {}, 8),
+    ("resnet8-6-6-9", {}, 8), ("resnet8-4-6-9", {"shortcut": "A"}, 8),
     ("wrn-10-1", {}, 8), ("wrn-10-2", {}, 8), ("wrn-16-1", {}, 8),
 ]
 small = pytest.mark.parametrize(("name", "arguments", "side"), SMALL)
@@ -101,11 +103,13 @@ def test_every_parameter_gets_a_finite_gradient_of_its_own(name, arguments, side
 
 # ---- arguments
 
-@pytest.mark.parametrize("name", ["resnet19", "wrn-15-4", "wrn-4-2", "wrn-16-0", "wrn-16", "wrn-16-4-2", "wrn-16-4\n",
-                                  ""])
+@pytest.mark.parametrize("name", ["resnet19", "resnet26", "resnet20-14-28", "resnet21-14-28-56", "resnet20-14-28-0",
+                                  "resnet20-14-32-28", "resnet2-14-28-56", "wrn-15-4", "wrn-4-2", "wrn-16-0",
+                                  "wrn-16", "wrn-16-4-2", "wrn-16-4\n", ""])
 def test_unknown_network_is_refused_with_the_choices(name):
     for function in (build, arguments_of):
-        with pytest.raises(ValueError, match=r"no network is called.*lenet5, .*resnet110, wrn-16-4, .*d = 10, 16, 22"):
+        with pytest.raises(ValueError, match=r"no network is called.*lenet5, .*resnet110, wrn-16-4, .*d = 10, 16, 22"
+                                             r".*a <= b <= c by stage"):
             function(name)
 
 
@@ -124,7 +128,7 @@ def test_argument_that_does_not_fit_is_refused(name, arguments, message):
         build(name, **arguments)
 
 
-@pytest.mark.parametrize("name", [*models.NETWORKS, "wrn-22-3"])
+@pytest.mark.parametrize("name", [*models.NETWORKS, "wrn-22-3", "resnet14-4-4-9"])
 def test_arguments_of_a_network_are_those_that_change_it(name):
     others = {"size": 28, "activation": "tanh", "pooling": "average", "shortcut": "A"}
     with torch.device("meta"):
