@@ -511,3 +511,33 @@ def test_bfloat16_arithmetic_leaves_weights_and_average_in_float32(tmp_path):
     assert {tensor.dtype for tensor in floats} == {torch.float32}
     assert not same(state["weights"], exact["weights"])                # another arithmetic
     assert state["history"][0]["train_loss"] == pytest.approx(exact["history"][0]["train_loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("flags", [
+    "--sparsity 0.5 --recalibrate", "--sparsity 0.5 --score lamp --convolutions dense",
+    "--pruning polynomial --sparsity 0.5", "--sparsity 0.5 --weights binary-stochastic",
+    "--sparsity 0.5 --weights lsq --mixing cutmix",
+    "--pruning filters --filter-threshold 0.9 --filter-interval 1 --filter-stop 1",
+    "--pruning l1_cycle --cycle {cycle}", "--pruning morphnet --morph-budget 0.5"])
+def test_every_technique_trains_weights_in_channels_last_as_on_cuda(flags, tmp_path, monkeypatch):
+    cycle = tmp_path / "cycle.json"
+    cycle.write_text(json.dumps({"finetuning_epochs": 1, "stop_loss": 1e9, "pruning_percent_step": 0.5}))
+    build, formats = experiment.build, []
+    monkeypatch.setattr(experiment, "build", lambda **given: build(**given).to(memory_format=torch.channels_last))
+
+    def watched(model, images):
+        formats.append(any(weight.dim() == 4 and not weight.is_contiguous() for weight in model.parameters()))
+    handle = nn.modules.module.register_module_forward_pre_hook(watched)
+    epochs = ["--epochs", *(["2"] if "polynomial" in flags or "filters" in flags else ["1", "1"])]
+    try:
+        train_pruning.main([*SHORT, *flags.format(cycle=cycle).split(), *epochs, "--limit", "64", "--batch-size", "32",
+                            "--out", str(tmp_path / "run")])
+    finally:
+        handle.remove()
+    assert any(formats)
+    model = networks.load_network(tmp_path / "run" / "model.pt")[0]
+    assert torch.isfinite(model(torch.zeros(1, 3, 8, 8))).all()
+    if "--sparsity 0.5" in flags:
+        assert pruning.sparsity_of(model) >= 0.4999
+    else:
+        assert sum(p.numel() for p in model.parameters()) < 1_411_146
