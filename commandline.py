@@ -60,6 +60,8 @@ def training_parser(description, choices, datasets):
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     for group, values in choices.items():
         form = {"choices": values} if isinstance(values[0], str) else {"type": int}
+        if group == "MODEL":              # networks.py knows them all, with families that no line can list
+            form = {"metavar": "NETWORK"}
         if isinstance(values[0], bool):
             form = {"action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + group.lower(), help="overrides the technique line", **form)

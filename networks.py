@@ -25,6 +25,14 @@ def build(name, bits=None, **arguments):
     return quantization.quantize_layers(model, bits) if bits else model
 
 
+def check_name(name):
+    """ValueError with all names for a network that neither module has."""
+    try:
+        models.arguments_of(name)
+    except ValueError as problem:
+        raise ValueError(f"--model: {problem}; or {', '.join(resnet_factorized.NETWORKS)}") from None
+
+
 def architecture_of(settings):
     """What rebuilds the network; ValueError for one that cannot be, or that has not the layers to exclude."""
     kind, name = cifar10.KINDS[settings["dataset"]], settings["model"]
@@ -32,6 +40,7 @@ def architecture_of(settings):
     if name in resnet_factorized.NETWORKS:
         architecture |= {"groups": settings["groups"], "shuffle": settings["shuffle"]}
     else:
+        check_name(name)
         offered = {"size": kind.shape[0], **{word: settings[word] for word in ("activation", "pooling", "shortcut")}}
         architecture |= {word: offered[word] for word in models.arguments_of(name)}
     with torch.device("meta"):

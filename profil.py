@@ -29,9 +29,7 @@ import checkpoint
 import cifar10
 import commandline
 import integer_inference
-import models
 import quantization
-import resnet_factorized
 from networks import architecture_of, build, load_network
 from train import DEFAULTS, find_checkpoint
 
@@ -243,8 +241,7 @@ def parse(argv):
     """The flags of this script."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="a run's model.pt or last.pt, or a compact file (the newest run's)")
-    parser.add_argument("--model", choices=[*resnet_factorized.NETWORKS, *models.NETWORKS],
-                        help="an untrained network instead")
+    parser.add_argument("--model", metavar="NETWORK", help="an untrained network instead, by name")
     parser.add_argument("--dataset", choices=list(cifar10.KINDS), default="cifar10", help="whose images it takes")
     parser.add_argument("--groups", type=int, default=8, help="of the untrained network")
     parser.add_argument("--classes", type=int, help="of the untrained network (the data set's)")

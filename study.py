@@ -194,9 +194,9 @@ def draw_accuracy(path, table, title):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(8, 0.8 + 0.32 * len(table)), layout="constrained")
     places = {name: len(table) - place for place, name in enumerate(table["arm"])}
-    for group, rows in table.groupby("group", sort=False):
-        axes.errorbar(rows["validation_accuracy"], [places[name] for name in rows["arm"]], fmt="o", capsize=3,
-                      xerr=rows["validation_accuracy_sd"].fillna(0), label=group)
+    for number, (group, rows) in enumerate(table.groupby("group", sort=False)):
+        axes.errorbar(rows["validation_accuracy"], [places[name] for name in rows["arm"]], capsize=3,
+                      fmt="os^"[number // 10 % 3], xerr=rows["validation_accuracy_sd"].fillna(0), label=group)
     for row in table.itertuples():
         axes.annotate(f"{row.validation_accuracy:.2f}", (row.validation_accuracy, places[row.arm]), xytext=(0, 6),
                       textcoords="offset points", ha="center", fontsize=7)

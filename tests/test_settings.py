@@ -125,6 +125,13 @@ def test_flags_override_lines(main, capsys, tmp_path, monkeypatch):
     assert flags["lines"] == lines["lines"]
 
 
+@pytest.mark.parametrize("main", [train.main, train_pruning.main])
+@pytest.mark.parametrize("name", ["resnet32", "wrn-16-2", "resnet8-4-6-8"])
+def test_networks_without_a_line_of_their_own_are_chosen_by_flag(main, name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert dry_run(main, capsys, "--model", name)["model"] == name
+
+
 @pytest.mark.parametrize("flags", [["--mixing", "mixdown"], ["--model", "resnet19"], ["--schedule", "step"],
                                    ["--averaging", "mean"], ["--groups", "eight"], ["--groups", "3"]])
 def test_flags_with_another_value_are_refused(flags, tmp_path, monkeypatch):
