@@ -300,9 +300,9 @@ def layer_like(layer, width, weight=None):
 
 # ---- compact files
 
-def save_compact(path, network):
-    """Write a network in half precision, zeros as one bit each, compressed; see `packing.compact`."""
-    write(path, compact_bytes(network))
+def save_compact(path, network, eight_bits=False):
+    """Write a network in half precision or 8 bits, zeros as one bit each, compressed; see `packing.compact`."""
+    write(path, compact_bytes(network, eight_bits))
 
 
 def save_safetensors(path, network):
@@ -327,8 +327,8 @@ def read_safetensors(path, content):
     return {"format": int(header["format"]), **json.loads(header["network"]), "weights": weights}
 
 
-def compact_bytes(network):
+def compact_bytes(network, eight_bits=False):
     """The bytes of a compact file: `packing.compact`, as an archive, through gzip."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **network, "weights": packing.compact(network["weights"])}, buffer)
+    torch.save({"format": FORMAT, **network, "weights": packing.compact(network["weights"], eight_bits)}, buffer)
     return gzip.compress(buffer.getvalue(), 9, mtime=0)

@@ -2,7 +2,7 @@
 
 Each network is exported by export.py, and every file is used as it would be: the
 compact one in PyTorch, eager and compiled, the ONNX files in ONNX Runtime, in
-float32 and int8; of few bits the packed one, in exact integers. A row says what
+float32, with weights stored in 8 bits, and in int8; of few bits the packed one, in exact integers. A row says what
 that file gives on all test images, its bytes, and the milliseconds that one image
 takes, all in one run; dense ResNet-18, eager in PyTorch and untrained, is what they
 are compared with. --json writes the numbers, with a table (.md) and a plot (.png)
@@ -25,8 +25,9 @@ import onnx_files
 from commandline import call
 from networks import load_network
 
-FORMS = {"PyTorch": ".pt.gz", "PyTorch compiled": ".pt.gz", "ONNX Runtime": ".onnx", "ONNX Runtime int8": ".int8.onnx",
-         "packed integers": ".packed.gz"}
+FORMS = {"PyTorch": ".pt.gz", "PyTorch compiled": ".pt.gz", "ONNX Runtime": ".onnx",
+         "ONNX Runtime, 8-bit weights": ".w8.onnx", "ONNX Runtime int8": ".int8.onnx", "packed integers": ".packed.gz"}
+OF_FLOATS = ("ONNX Runtime, 8-bit weights", "ONNX Runtime int8")
 DENSE = "ResNet-18 dense, untrained"
 
 
@@ -42,7 +43,7 @@ def named(given):
 def forms_of(source):
     """The forms that a network is written in: of few bits its own integers, of floats those that ONNX Runtime finds."""
     bits = "bits" in load_network(source)[1]["architecture"]
-    return [form for form in FORMS if form != ("ONNX Runtime int8" if bits else "packed integers")]
+    return [form for form in FORMS if form not in (OF_FLOATS if bits else ("packed integers",))]
 
 
 def write_dense(path, dataset):
@@ -123,7 +124,7 @@ def print_row(row):
     speed = f"not run: {row['not_run']}" if "not_run" in row else (
         f"{row['milliseconds']['median']:8.3f} ms ({row['milliseconds']['min']:.3f} to "
         f"{row['milliseconds']['max']:.3f})")
-    print(f"{row['network']:32}{row['form']:20}{accuracy:>9}{row['bytes']:>13,} bytes{row['macs']:>14,} MACs  {speed}",
+    print(f"{row['network']:32}{row['form']:28}{accuracy:>9}{row['bytes']:>13,} bytes{row['macs']:>14,} MACs  {speed}",
           flush=True)
 
 
@@ -146,7 +147,7 @@ def draw(path, rows):
     shown = [row for row in rows if row["accuracy"] is not None and "milliseconds" in row]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    networks, markers = list(dict.fromkeys(row["network"] for row in shown)), dict(zip(FORMS, "osD^v", strict=False))
+    networks, markers = list(dict.fromkeys(row["network"] for row in shown)), dict(zip(FORMS, "osD^vP", strict=False))
     for row in shown:
         axes.scatter(row["milliseconds"]["median"], row["accuracy"], s=20 + row["bytes"] / 20_000, alpha=0.7,
                      marker=markers[row["form"]], color=f"C{networks.index(row['network'])}",

@@ -2,9 +2,10 @@
 
 The end of --out says what is written: .packed.gz, a network of few bits as integers packed to their bits, which
 test.py and profil.py read like any checkpoint and compute with in integers; .pt.gz, a compact file (half precision or
-one bit a weight, zeros one bit each, compressed), which test.py and profil.py
-read like any checkpoint; .safetensors, float32 with the structure in its metadata, which they read
-too; .onnx, float32; .int8.onnx, 8-bit integers, calibrated on training images.
+one bit a weight, zeros one bit each, compressed), which test.py and profil.py read like any checkpoint; .int8.pt.gz,
+the same with weights of 8 bits; .safetensors, float32 with the structure in its metadata, which they read too; .onnx,
+float32; .w8.onnx, with weights stored in 8 bits and computed in float32; .int8.onnx, computed in 8-bit integers,
+calibrated on training images.
 Channels that pruning has cut off are removed first, exactly. What was written is
 read back and compared with the network on the test images before the command
 reports success.
@@ -25,7 +26,8 @@ import shrinking
 from networks import load_network
 from train import find_checkpoint
 
-FORMATS = (".pt.gz", ".safetensors", ".int8.onnx", ".onnx", ".packed.gz")
+FORMATS = (".int8.pt.gz", ".pt.gz", ".safetensors", ".int8.onnx", ".w8.onnx", ".onnx", ".packed.gz")
+EIGHT_BITS = (".int8.pt.gz", ".int8.onnx", ".w8.onnx")
 
 
 def export(model, state, target, data=None):
@@ -49,6 +51,8 @@ def export(model, state, target, data=None):
         onnx_files.write_onnx(model, target, (kind.shape[-1], *kind.shape[:2]))
         if ending == ".int8.onnx":
             onnx_files.quantize_onnx(target, target, calibration(data, kind))
+        elif ending == ".w8.onnx":
+            onnx_files.store_in_eight_bits(target, target)
         forward = onnx_files.open_onnx(target)
     elif ending == ".packed.gz":
         expected = {f"{name}.weight": model.get_submodule(name).integers() for name in quantization.bits_of(model)}
@@ -57,9 +61,13 @@ def export(model, state, target, data=None):
         forward, _ = load_network(target)
         refuse_difference(target, forward.state_dict(), expected)
     else:
-        save, expected = ((checkpoint.save_compact, packing.to_half(network["weights"])) if ending == ".pt.gz"
-                          else (checkpoint.save_safetensors, network["weights"]))
-        save(target, network)
+        if ending == ".safetensors":
+            expected = network["weights"]
+            checkpoint.save_safetensors(target, network)
+        else:
+            eight_bits = ending in EIGHT_BITS
+            expected = (packing.to_eight_bits if eight_bits else packing.to_half)(network["weights"])
+            checkpoint.save_compact(target, network, eight_bits)
         forward, written = load_network(target)
         refuse_difference(target, written["weights"], expected)
     return forward, removed
@@ -69,7 +77,7 @@ def refuse_ending(ending, model, state):
     """ValueError where a network of this kind is not written in this form."""
     if "integers" in state:
         raise ValueError("the network is packed: its integers are what ships; export from the model.pt it came from")
-    if ending == ".int8.onnx" and quantization.bits_of(model):
+    if ending in EIGHT_BITS and quantization.bits_of(model):
         raise ValueError("the network has few bits already and is not quantized again; .packed.gz holds its integers")
 
 

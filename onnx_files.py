@@ -1,8 +1,9 @@
-"""Networks as ONNX files: written, opened with ONNX Runtime, and quantized to 8 bits.
+"""Networks as ONNX files: written, opened with ONNX Runtime, computed or only stored in 8 bits.
 
     write_onnx(model, "model.onnx", (3, 32, 32))
     forward = open_onnx("model.onnx")                  # images -> logits, both tensors
     quantize_onnx("model.onnx", "model.int8.onnx", batches)
+    store_in_eight_bits("model.onnx", "model.w8.onnx")
 """
 import contextlib
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import packing
 
 
 def write_onnx(model, path, shape):
@@ -77,6 +79,31 @@ def quantize_onnx(path, out, batches):
         quantization.quant_pre_process(str(path), prepared)
         quantization.quantize_static(prepared, target, Reader(), per_channel=True)
         checkpoint.write(out, Path(target).read_bytes())
+
+
+def store_in_eight_bits(path, out):
+    """Write the network in `path` with its weights stored as int8 and a float32 step for each output.
+
+    Two nodes a layer, Cast and Mul, make them floats again. ONNX Runtime computes
+    these once, when it opens the file: it is as fast then as in float32.
+    """
+    from onnx import TensorProto, helper, load_model, numpy_helper
+    network = load_model(str(path))
+    graph, nodes = network.graph, []
+    wanted = [node.input[1] for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    for held in [each for each in graph.initializer if each.name in wanted]:
+        name, weights = held.name, torch.from_numpy(numpy_helper.to_array(held).copy())
+        codes, steps = packing.codes_of(weights)
+        graph.initializer.remove(held)
+        graph.initializer.extend([
+            numpy_helper.from_array(codes.numpy(), f"{name}.codes"),
+            numpy_helper.from_array(steps.view(-1, *[1] * (codes.dim() - 1)).numpy(), f"{name}.steps")])
+        nodes += [helper.make_node("Cast", [f"{name}.codes"], [f"{name}.floats"], to=TensorProto.FLOAT),
+                  helper.make_node("Mul", [f"{name}.floats", f"{name}.steps"], [name])]
+    others = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *others])
+    checkpoint.write(out, network.SerializeToString())
 
 
 @contextlib.contextmanager

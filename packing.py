@@ -1,4 +1,4 @@
-"""Weights as fewer bytes: half precision, zeros as one bit each, weights of one magnitude as signs.
+"""Weights as fewer bytes: half precision or 8 bits, zeros as one bit each, weights of one magnitude as signs.
 
     packed = compact(weights)                   # {name: tensor, or a dictionary of what rebuilds it}
     weights = expand({"weights": packed})["weights"]
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 
-def compact(weights):
+def compact(weights, eight_bits=False):
     """{name: tensor} in half precision; a tensor with zeros, or of one magnitude, is packed (see `pack`).
 
-    Raises ValueError with the tensors whose values half precision cannot hold.
+    eight_bits: of more than one dimension in 8 bits. Raises ValueError with the
+    tensors whose values half precision cannot hold.
     """
-    return {name: pack(tensor) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+    return {name: pack(tensor, eight_bits) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
             for name, tensor in to_half(weights).items()}
 
 
@@ -24,6 +25,28 @@ def to_half(weights):
     """Floating tensors rounded to half precision; ValueError that names those that overflow it."""
     refuse_overflow(weights, torch.float16)
     return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+def to_eight_bits(weights):
+    """What a compact file of 8 bits gives back: as `to_half`, with tensors of more than one dimension rounded."""
+    return {name: from_codes(*codes_of(tensor)) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+            for name, tensor in to_half(weights).items()}
+
+
+def codes_of(tensor):
+    """(int8 from -127 to 127, of the tensor's shape; a step, float32, for each row: its largest magnitude / 127).
+
+    A row is what makes one output of a layer, so its step is a factor of that output.
+    """
+    rows = tensor.float().flatten(1)
+    largest = rows.abs().amax(1) if rows.numel() else torch.zeros(len(rows))
+    steps = torch.where(largest > 0, largest / 127, 1.0)
+    return (rows / steps[:, None]).round().clamp(-127, 127).to(torch.int8).view(tensor.shape), steps
+
+
+def from_codes(codes, steps):
+    """The tensor that `codes_of` rounded, in half precision."""
+    return (codes.float() * steps.view(-1, *[1] * (codes.dim() - 1))).half()
 
 
 def refuse_overflow(weights, dtype):
@@ -36,20 +59,24 @@ def refuse_overflow(weights, dtype):
                          f"{', '.join(large)}")
 
 
-def pack(tensor):
-    """A tensor as its shape and what is needed to rebuild it exactly.
+def pack(tensor, eight_bits=False):
+    """A tensor as its shape and what is needed to rebuild it exactly, or rounded to 8 bits.
 
     kept: one bit an entry, where some are zero; positive and height: one bit an
-    entry that is not zero, where these have one magnitude; else values: themselves.
+    entry that is not zero, where these have one magnitude; else values: themselves,
+    or codes: theirs, with a step for each row (`codes_of`).
     """
-    kept = tensor != 0
-    values = tensor[kept]
-    packed = {"shape": list(tensor.shape)}
+    values, steps = tensor[tensor != 0], {}
+    signs = values.numel() > 1 and bool((values.abs() == values[0].abs()).all())
+    if eight_bits and not signs:
+        tensor, steps = codes_of(tensor)
+        values, steps = tensor[tensor != 0], {"steps": steps}
+    kept, packed = tensor != 0, {"shape": list(tensor.shape)}
     if not bool(kept.all()):
         packed["kept"] = pack_bits(kept)
-    if values.numel() > 1 and bool((values.abs() == values[0].abs()).all()):
+    if signs:
         return packed | {"height": values[0].abs(), "positive": pack_bits(values > 0)}
-    return packed | {"values": values}
+    return packed | {"codes" if steps else "values": values} | steps
 
 
 def unpack(packed):
@@ -60,12 +87,17 @@ def unpack(packed):
         height = packed["height"]
         values = torch.where(unpack_bits(packed["positive"], int(kept.sum())), height, -height)
     else:
-        values = packed["values"].flatten()
+        values = packed["codes" if "codes" in packed else "values"].flatten()
     if len(values) != int(kept.sum()):
         raise ValueError(f"{len(values)} values for {int(kept.sum())} places")
     tensor = torch.zeros(count, dtype=values.dtype)
     tensor[kept] = values
-    return tensor.view(shape)
+    if "codes" not in packed:
+        return tensor.view(shape)
+    steps = packed["steps"]
+    if values.dtype != torch.int8 or steps.dtype != torch.float32 or list(steps.shape) != shape[:1]:
+        raise ValueError(f"codes of {values.dtype} with steps of {steps.dtype} {list(steps.shape)} for shape {shape}")
+    return from_codes(tensor.view(shape), steps)
 
 
 def pack_bits(flags):

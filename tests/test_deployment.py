@@ -107,7 +107,7 @@ def test_networks_of_few_bits_are_packed_and_not_quantized_again(tmp_path):
     for name, bits in (("floats", {}), ("few", {"bits": {"conv1": [8, 8], "conv2": [2, 4]}})):
         network = checkpoint.network_of(networks.build(**architecture, **bits), architecture | bits)
         checkpoint.save(tmp_path / f"{name}.pt", {**network, "dataset": "digits"})
-    assert deployment.forms_of(tmp_path / "floats.pt") == list(deployment.FORMS)[:4]
+    assert deployment.forms_of(tmp_path / "floats.pt") == list(deployment.FORMS)[:5]
     assert deployment.forms_of(tmp_path / "few.pt") == [*list(deployment.FORMS)[:3], "packed integers"]
 
 

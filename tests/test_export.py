@@ -96,7 +96,7 @@ def test_dead_channels_are_not_exported(tmp_path):
 
 
 def test_another_ending_is_refused(trained, tmp_path):
-    with pytest.raises(ValueError, match=r"small.zip: it must end in one of .pt.gz, .safetensors, .int8.onnx, .onnx"):
+    with pytest.raises(ValueError, match=r"small.zip: it must end in one of .int8.pt.gz, .pt.gz, .safetensors"):
         export.main(["--checkpoint", str(trained / "model.pt"), "--out", str(tmp_path / "small.zip")])
     assert not (tmp_path / "small.zip").exists()
 
@@ -149,7 +149,8 @@ def test_every_kind_of_network_comes_back_from_every_export(kind, tmp_path):
     with torch.no_grad():
         expected = load_network(tmp_path / "model.pt")[0](images)
         spread = expected.std(0).mean()
-        for ending, tolerance in ((".safetensors", 0), (".onnx", 1e-3), (".pt.gz", 2e-2), (".int8.onnx", 0.5)):
+        for ending, tolerance in ((".safetensors", 0), (".onnx", 1e-3), (".pt.gz", 2e-2), (".int8.pt.gz", 0.4),
+                                  (".w8.onnx", 0.4), (".int8.onnx", 0.5)):
             target = tmp_path / f"out{ending}"
             written, _ = export.export(*load_network(tmp_path / "model.pt"), target, data)
             forward = onnx_files.open_onnx(target) if ending.endswith("onnx") else load_network(target)[0]

@@ -35,6 +35,42 @@ def test_compact_keeps_zeros_and_rounds_the_rest(values, form, dtype):
     assert torch.equal(state["weights"]["steps"], weights["steps"])
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.one_of(st.just(0.0), finite_halves), min_size=0, max_size=40), st.integers(1, 4))
+def test_eight_bits_round_each_row_to_its_own_step(values, columns):
+    tensor = torch.tensor(values[:len(values) // columns * columns]).view(-1, columns, 1)
+    packed = packing.compact({"a": tensor, "b": torch.tensor(values)}, eight_bits=True)
+    found = packing.expand({"weights": packed})["weights"]
+    rounded = tensor.half().float()
+    steps = (rounded.abs().flatten(1).amax(1) / 127).view(-1, 1, 1) if len(tensor) else torch.zeros(0, 1, 1)
+    signs = "positive" in packed["a"]
+    assert found["a"].dtype == torch.float16 and found["a"].shape == tensor.shape
+    assert bool(((found["a"].float() - rounded).abs() <= (0 if signs else 0.501) * steps + rounded.abs() / 2000).all())
+    assert bool((found["a"][tensor == 0] == 0).all())
+    assert torch.equal(found["b"], torch.tensor(values).half()), "of one dimension: as in half precision"
+    again = packing.to_eight_bits({"a": tensor})["a"]
+    assert torch.equal(again, found["a"])
+
+
+def test_eight_bits_are_torchs():
+    tensor = torch.randn(6, 4, 3, 3)
+    codes, steps = packing.codes_of(tensor)
+    theirs = torch.fake_quantize_per_channel_affine(tensor, steps, torch.zeros(6, dtype=torch.int32), 0, -127, 127)
+    torch.testing.assert_close(codes * steps.view(-1, 1, 1, 1), theirs, rtol=1e-6, atol=0)
+    assert codes.abs().flatten(1).amax(1).tolist() == [127] * 6
+    torch.testing.assert_close(packing.from_codes(codes, steps).float(), theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [
+    {"codes": torch.ones(6)}, {"codes": torch.ones(5, dtype=torch.int8)}, {"steps": torch.ones(3)},
+    {"steps": torch.ones(2, dtype=torch.float64)}, {"steps": torch.ones(2, 1)}])
+def test_codes_that_do_not_fit_their_shape_are_refused(change):
+    packed = packing.pack(torch.arange(1.0, 7).view(2, 3), eight_bits=True)
+    assert packing.unpack(packed).shape == (2, 3)
+    with pytest.raises(ValueError, match="codes of|places"):
+        packing.unpack(packed | change)
+
+
 def pruned_resnet(share=0.9):
     """A seeded ResNet-18 with `share` of each convolution's weights zero."""
     torch.manual_seed(0)
@@ -61,6 +97,21 @@ def test_compact_file_is_small_and_exact(tmp_path):
     total = sum(tensor.numel() for tensor in weights.values())
     size = (tmp_path / "compact.pt").stat().st_size
     assert size < 2 * nonzero + total / 8 + 60_000 and size < (tmp_path / "plain.pt").stat().st_size / 8
+
+
+def test_eight_bits_are_smaller_and_read_alike(tmp_path):
+    network = checkpoint.network_of(pruned_resnet(), ARCHITECTURE)
+    checkpoint.save_compact(tmp_path / "half.pt", network)
+    checkpoint.save_compact(tmp_path / "eight.pt", network, eight_bits=True)
+    half, eight = (checkpoint.read(tmp_path / name)["weights"] for name in ("half.pt", "eight.pt"))
+    assert (tmp_path / "eight.pt").stat().st_size < 0.75 * (tmp_path / "half.pt").stat().st_size
+    for name, tensor in half.items():
+        assert eight[name].dtype == tensor.dtype and eight[name].shape == tensor.shape
+        if tensor.dim() > 1:
+            off, largest = (eight[name].float() - tensor.float()).abs().max(), tensor.abs().max().item()
+            assert off <= 0.501 * largest / 127 + largest / 2000
+        else:
+            assert torch.equal(eight[name], tensor)
 
 
 def test_compact_bytes_depend_on_nothing_else():

@@ -1,4 +1,6 @@
 """ONNX files: the same outputs in ONNX Runtime, shrunk networks included, and int8 that still classifies."""
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,23 @@ def test_int8_is_a_quarter_and_close(tmp_path):
     exact, rough = (onnx_files.open_onnx(name)(images) for name in (path, small))
     assert 0 < (exact - rough).abs().max() < 0.3 * exact.std() + 0.3 * exact.abs().mean()
     assert (exact.argmax(1) == rough.argmax(1)).float().mean() > 0.8
+
+
+def test_weights_stored_in_eight_bits_are_floats_again_when_the_file_is_opened(tmp_path):
+    model = networks.build("resnet20").eval()
+    path, small, opened = tmp_path / "model.onnx", tmp_path / "w8.onnx", tmp_path / "opened.onnx"
+    onnx_files.write_onnx(model, path, (3, 32, 32))
+    onnx_files.store_in_eight_bits(path, small)
+    assert small.stat().st_size < 0.3 * path.stat().st_size
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(opened)
+    onnxruntime.InferenceSession(str(small), options, providers=["CPUExecutionProvider"])
+    kinds = {node.op_type for node in onnx.load_model(str(opened)).graph.node}
+    assert any("Conv" in kind for kind in kinds) and not kinds & {"Cast", "Mul"}
+    images = torch.randn(64, 3, 32, 32)
+    exact, rounded = (onnx_files.open_onnx(name)(images) for name in (path, small))
+    assert 0 < (exact - rounded).abs().mean() < 0.05 * exact.std()
+    assert (exact.argmax(1) == rounded.argmax(1)).float().mean() > 0.95
 
 
 def test_a_failed_export_leaves_no_file_and_the_mode(tmp_path):
