@@ -2,8 +2,8 @@
 
 A study is a JSON file: `flags` that all its runs share, `seeds`, and `arms`, each
 with a `group`, a `name` and the `run` that makes it (a training script and its
-own flags). Every arm is trained for every seed, exported as one compact file,
-and that file is tested. Stopped, it goes on where it was when it is called
+own flags). Every arm is trained for every seed, exported as one compact file
+(of few bits, a packed one), and that file is tested. Stopped, it goes on where it was when it is called
 again. Writes results/<study>/ with runs.csv (one row a run), table.csv and
 table.md (mean and standard deviation over the seeds) and accuracy.png.
 
@@ -92,8 +92,12 @@ def train_arm(arm, flags, seed, folder):
 
 
 def measure_arm(folder, data):
-    """Export a run's network, test the exported file, and keep what came out beside it. Returns a dictionary."""
-    exported, measured = folder / "exported.pt.gz", folder / "exported.json"
+    """Export a run's network, test the exported file, and keep what came out beside it. Returns a dictionary.
+
+    Of floats it is the compact file, of few bits the packed one, tested in exact integers.
+    """
+    few = "bits" in json.loads((folder / "config.json").read_text())["architecture"]
+    exported, measured = folder / ("exported.packed.gz" if few else "exported.pt.gz"), folder / "exported.json"
     if not measured.exists():
         call(["export.py", "--checkpoint", str(folder / "model.pt"), "--out", str(exported), "--no-compare"])
         test = json.loads(call(["test.py", "--checkpoint", str(exported), "--data", data, "--json"]))

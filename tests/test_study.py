@@ -57,6 +57,20 @@ def test_a_run_is_trained_exported_and_tested_in_processes_of_its_own(tmp_path, 
         study.call(["train.py", "--groups", "3"])
 
 
+def test_of_few_bits_the_packed_file_is_tested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "call", call_here)
+    few = "train.py --mixing none --model lenet5 --weights lsq --weight-bits 2 --activation-bits 4"
+    study.main([str(study_file(tmp_path, seeds=[0], arms=[{"group": "g", "name": "few", "run": few}]))])
+    (row,) = pd.read_csv("results/small/runs.csv").to_dict("records")
+    packed = Path("runs/small-few-s0/exported.packed.gz")
+    assert row["bytes"] == packed.stat().st_size < 62_000 / 2 and "integers computed exactly" in row["precision"]
+    whole = json.loads(call_here(["profil.py", "--checkpoint", str(packed), "--json"]))
+    assert row["score_course"] == pytest.approx(whole["score_course"]) and row["nonzero"] == whole["nonzero"]
+    floats = json.loads(call_here(["profil.py", "--model", "lenet5", "--dataset", "digits", "--json"]))
+    assert row["macs"] == floats["macs"] and row["score_course"] < 0.5 * floats["score_course"]
+
+
 def test_a_stopped_study_goes_on_and_its_table_holds_the_means(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path, calls = study_file(tmp_path), []
