@@ -204,7 +204,7 @@ class WideBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet of 6 n + 2 layers (He et al. 2015, arXiv:1512.03385, section 4.2): three stages of channels.
+    """ResNet of 6 n + 2 layers (He et al. 2015, arXiv:1512.03385, section 4.2): three stages of blocks.
 
     images: (N, in_channels, H, W) float, normalised -> logits: (N, num_classes).
     widths: of the stages, 16, 32 and 64 in the paper; the stem has the first.
