@@ -97,7 +97,7 @@ def store_in_eight_bits(path, out):
         graph.initializer.remove(held)
         graph.initializer.extend([
             numpy_helper.from_array(codes.numpy(), f"{name}.codes"),
-            numpy_helper.from_array(steps.view(-1, *[1] * (codes.dim() - 1)).numpy(), f"{name}.steps")])
+            numpy_helper.from_array(packing.by_row(steps, codes).numpy(), f"{name}.steps")])
         nodes += [helper.make_node("Cast", [f"{name}.codes"], [f"{name}.floats"], to=TensorProto.FLOAT),
                   helper.make_node("Mul", [f"{name}.floats", f"{name}.steps"], [name])]
     others = list(graph.node)

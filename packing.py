@@ -17,7 +17,7 @@ def compact(weights, eight_bits=False):
     eight_bits: of more than one dimension in 8 bits. Raises ValueError with the
     tensors whose values half precision cannot hold.
     """
-    return {name: pack(tensor, eight_bits) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+    return {name: pack(tensor, eight_bits) if is_weight(tensor) else tensor
             for name, tensor in to_half(weights).items()}
 
 
@@ -29,8 +29,13 @@ def to_half(weights):
 
 def to_eight_bits(weights):
     """What a compact file of 8 bits gives back: as `to_half`, with tensors of more than one dimension rounded."""
-    return {name: from_codes(*codes_of(tensor)) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+    return {name: from_codes(*codes_of(tensor)) if is_weight(tensor) else tensor
             for name, tensor in to_half(weights).items()}
+
+
+def is_weight(tensor):
+    """Whether a tensor is packed: floats of more than one dimension, as the weights of layers are."""
+    return tensor.is_floating_point() and tensor.dim() > 1
 
 
 def codes_of(tensor):
@@ -46,7 +51,12 @@ def codes_of(tensor):
 
 def from_codes(codes, steps):
     """The tensor that `codes_of` rounded, in half precision."""
-    return (codes.float() * steps.view(-1, *[1] * (codes.dim() - 1))).half()
+    return (codes.float() * by_row(steps, codes)).half()
+
+
+def by_row(factors, tensor):
+    """Factors of a tensor's rows, (rows,), in a shape that broadcasts with it."""
+    return factors.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def refuse_overflow(weights, dtype):
@@ -66,17 +76,20 @@ def pack(tensor, eight_bits=False):
     entry that is not zero, where these have one magnitude; else values: themselves,
     or codes: theirs, with a step for each row (`codes_of`).
     """
-    values, steps = tensor[tensor != 0], {}
-    signs = values.numel() > 1 and bool((values.abs() == values[0].abs()).all())
-    if eight_bits and not signs:
-        tensor, steps = codes_of(tensor)
-        values, steps = tensor[tensor != 0], {"steps": steps}
-    kept, packed = tensor != 0, {"shape": list(tensor.shape)}
+    kept = tensor != 0
+    values = tensor[kept]
+    if values.numel() > 1 and bool((values.abs() == values[0].abs()).all()):
+        held = {"height": values[0].abs(), "positive": pack_bits(values > 0)}
+    elif eight_bits:
+        codes, steps = codes_of(tensor)
+        kept = codes != 0                 # small values became zeros
+        held = {"codes": codes[kept], "steps": steps}
+    else:
+        held = {"values": values}
+    packed = {"shape": list(tensor.shape)}
     if not bool(kept.all()):
         packed["kept"] = pack_bits(kept)
-    if signs:
-        return packed | {"height": values[0].abs(), "positive": pack_bits(values > 0)}
-    return packed | {"codes" if steps else "values": values} | steps
+    return packed | held
 
 
 def unpack(packed):

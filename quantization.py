@@ -91,7 +91,7 @@ def weight_codes(layer):
     """
     low, high = weight_range(layer.weight_bits)
     step = scaled_gradient(layer.weight_step, (layer.weight[0].numel() * high) ** -0.5)
-    each = step.view(-1, *[1] * (layer.weight.dim() - 1))
+    each = packing.by_row(step, layer.weight)
     if layer.weight_bits == 1:
         return straight_through(layer.weight.sign(), layer.weight / each.detach()), step
     return codes_of(layer.weight, each, low, high), step
@@ -294,7 +294,7 @@ def to_grid(model):
     for layer in model.modules():
         if hasattr(layer, "weight_step"):
             codes, step = weight_codes(layer)
-            layer.weight.copy_(codes * step.view(-1, *[1] * (codes.dim() - 1)))
+            layer.weight.copy_(codes * packing.by_row(step, codes))
     return model
 
 
