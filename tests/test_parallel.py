@@ -2,6 +2,7 @@
 
 This file is also the program that torchrun starts: `torchrun --nproc-per-node 2 tests/test_parallel.py FOLDER`.
 """
+import atexit
 import csv
 import json
 import os
@@ -58,21 +59,29 @@ def trained(flags, out):
 # ---- what each of the two processes does
 
 def everything(folder):
-    """Train and refuse; each rank writes what it found to rank0.pt or rank1.pt."""
+    """Train and refuse; each rank writes what it found to rank0.pt or rank1.pt, and what threads it ends with."""
+    rank = dist.get_rank()
+    atexit.register(lambda: (folder / f"threads{rank}").write_text(" ".join(names_of_threads())))
     found = {name: trained([*SMALL, *shlex.split(flags)], folder / name) for name, flags in RUNS.items()}
     found["resumed"] = trained(["--resume"], folder / "resumed")
     found["refused"] = {flags: refusal(train_pruning.main, [*SMALL, *shlex.split(flags), "--out", f"{folder}/never"])
                         for flags in REFUSED}
     found["another run"] = refusal(train_pruning.main, [*SMALL, "--out", f"{folder}/rounds"], agree=True)
     found["poisoned"] = refusal(poisoned, folder / "poisoned")
+    found["threads"] = names_of_threads()
     layer = torch.nn.Linear(2, 2)
     torch.nn.init.constant_(layer.weight, 1.0)
     torch.nn.init.constant_(layer.bias, 0.0)
     found["no drift"] = refusal(parallel.refuse_drift, [layer])
-    torch.nn.init.constant_(layer.bias, 1e-6 * dist.get_rank())
+    torch.nn.init.constant_(layer.bias, 1e-6 * rank)
     found["drift"] = refusal(parallel.refuse_drift, [layer])
     found["layer"] = batch_norm_of(*parallel.own_part(*layer_batch()))
-    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
+    torch.save(found, folder / f"rank{rank}.pt")
+
+
+def names_of_threads():
+    """The names of this process's threads, those of libraries too; nothing where there is no /proc."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 
 
 def refusal(function, argument, agree=False):
@@ -228,6 +237,13 @@ def test_one_process_of_many_prints_and_writes(both):
     assert json.loads((both.folder / "rounds" / "config.json").read_text())["processes"] == 2
     assert both.output.count("pruned 70 % of the remaining weights") == 4      # rounds, resumed, batch norm
     assert "eager, 2 processes" in both.output
+
+
+def test_no_thread_of_the_group_outlives_it(both):
+    """One that ends while Python does aborts the process, now and then: what torchrun then reports is a failure."""
+    for rank, found in enumerate(both.ranks):
+        assert any("gloo" in name for name in found["threads"]) == os.path.exists("/proc/self/task")
+        assert "gloo" not in (both.folder / f"threads{rank}").read_text()
 
 
 # ---- refused, or ended by an error
