@@ -83,6 +83,8 @@ def train_arm(arm, flags, seed, folder):
     """Train one run to its end in a process of its own, from where it stands. RuntimeError where that fails."""
     if (folder / "finished").exists():
         return
+    if not (folder / "last.pt").exists():
+        (folder / "config.json").unlink(missing_ok=True)          # of a run that ended within its first epoch
     script, *own = shlex.split(arm["run"].replace("{seed}", str(seed)))
     command = [script, "--resume"] if (folder / "last.pt").exists() else [script, *shlex.split(flags), *own,
                                                                          "--seed", str(seed)]

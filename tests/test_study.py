@@ -78,12 +78,15 @@ def test_a_stopped_study_goes_on_and_its_table_holds_the_means(tmp_path, monkeyp
     def call(command, show=False):
         calls.append(command[0])
         if calls.count("train.py") == 2 and command[0] == "train.py":
-            raise RuntimeError("killed")
+            Path(command[-1]).mkdir()
+            (Path(command[-1]) / "config.json").write_text("{}")
+            raise RuntimeError("killed in its first epoch")
         return call_here(command, show)
     monkeypatch.setattr(study, "call", call)
     with pytest.raises(RuntimeError, match="killed"):
         study.main([str(path)])
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["small-none-all-s0", "small-one-shot-s0"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["small-none-all-s0", "small-none-all-s1",
+                                                                   "small-one-shot-s0"]
     assert len(pd.read_csv("results/small/runs.csv")) == 2
     calls.clear()
     study.main([str(path)])
