@@ -44,7 +44,7 @@ def together(main):
 
     def joined(argv):
         """`main` between joining and leaving the other processes."""
-        import torch.distributed.nn                               # noqa: F401  imported later, its defaults keep the group
+        import torch.distributed.nn  # noqa: F401  imported later, its defaults would keep the group beyond its end
         store, rank, count = next(dist.rendezvous("env://"))      # torchrun's, so that it outlives any rank
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
                                 world_size=count)

@@ -2,10 +2,10 @@
 
 A study is a JSON file: `flags` that all its runs share, `seeds`, and `arms`, each
 with a `group`, a `name` and the `run` that makes it (a training script and its
-own flags). Every arm is trained for every seed, exported as one compact file
-(of few bits, a packed one), and that file is tested. Stopped, it goes on where it was when it is called
-again. Writes results/<study>/ with runs.csv (one row a run), table.csv and
-table.md (mean and standard deviation over the seeds) and accuracy.png.
+own flags). Every arm is trained for every seed, exported as one compact file (of few
+bits, a packed one), and that file is tested. Stopped, it goes on where it was when it
+is called again. Writes results/<study>/ with runs.csv (one row a run), table.csv and
+table.md (mean, standard deviation and 95 % interval over the seeds) and accuracy.png.
 
 Of an arm, `against` names the arm that its size and speed are compared with (the
 first one), and `keep` names files of its first seed's run to copy beside the table:
@@ -157,10 +157,12 @@ def parameters_of(architecture):
 def table_of(runs):
     """One row an arm: n, mean and standard deviation over its seeds. runs: a DataFrame of `row_of` rows.
 
+    test_accuracy_low and _high: Student's 95 % interval of the mean over the seeds.
     parameters_fewer and macs_fewer, in %, and times_faster, of testing the exported
     file, are against the arm that it names; epochs_faster is its last epochs
     against its first ones.
     """
+    from scipy import stats
     by_arm = runs.groupby(["group", "arm"], sort=False)
     numbers = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes",
                "score_course", "minutes", "images_per_second", "test_seconds", "epochs_faster"]
@@ -168,6 +170,9 @@ def table_of(runs):
     table.insert(0, "n", by_arm.size())
     for name in ("validation_accuracy", "test_accuracy"):
         table.insert(list(table).index(name) + 1, f"{name}_sd", by_arm[name].std())
+    margin = stats.t.ppf(0.975, table["n"] - 1) * table["test_accuracy_sd"] / table["n"] ** 0.5
+    for name, sign in (("test_accuracy_low", -1), ("test_accuracy_high", 1)):
+        table[name] = table["test_accuracy"] + sign * margin
     table = table.reset_index()
     other = table.set_index("arm").reindex(runs.groupby("arm", sort=False)["against"].first()[table["arm"]])
     for name, column in (("parameters_fewer", "nonzero"), ("macs_fewer", "macs")):
@@ -179,17 +184,19 @@ def table_of(runs):
 def markdown_of(table):
     """The table for a README; a comparison that was not made is left empty."""
     lines = ["| group | arm | n | validation % | test %, exported file | parameters left | fewer | MACs | fewer "
-             "| bytes | training s | test s | times faster | epochs faster |", "|---" * 14 + "|"]
+             "| course score | bytes | training s | test s | times faster | epochs faster |", "|---" * 15 + "|"]
     for row in table.to_dict("records"):
-        spread = {name: "" if row["n"] < 2 else f" ± {row[f'{name}_sd']:.2f}"
-                  for name in ("validation_accuracy", "test_accuracy")}
+        spread = ["", ""]
+        if row["n"] > 1:
+            spread = [f" ± {row['validation_accuracy_sd']:.2f}", " ± {test_accuracy_sd:.2f} (95 %: "
+                      "{test_accuracy_low:.2f} to {test_accuracy_high:.2f})".format(**row)]
         shown = {name: "" if math.isnan(row[name]) else form.format(row[name])
                  for name, form in (("parameters_fewer", "{:.1f} %"), ("macs_fewer", "{:.1f} %"),
                                     ("times_faster", "{:.1f}"), ("epochs_faster", "{:.2f}"))}
         lines.append("| {group} | {arm} | {n} | {validation_accuracy:.2f}{0} | {test_accuracy:.2f}{1} | {nonzero:,.0f} "
-                     "| {parameters_fewer} | {macs:,.0f} | {macs_fewer} | {bytes:,.0f} | {seconds:.0f} "
-                     "| {test_seconds:.2f} | {times_faster} | {epochs_faster} |"
-                     .format(*spread.values(), **(row | shown), seconds=60 * row["minutes"]))
+                     "| {parameters_fewer} | {macs:,.0f} | {macs_fewer} | {score_course:.4f} | {bytes:,.0f} "
+                     "| {seconds:.0f} | {test_seconds:.2f} | {times_faster} | {epochs_faster} |"
+                     .format(*spread, **(row | shown), seconds=60 * row["minutes"]))
     return "\n".join(lines) + "\n"
 
 

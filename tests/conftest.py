@@ -35,6 +35,16 @@ def real_cifar10(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def resnet():
+    """ResNet-18 with 8 groups, its sizes and its widths; tests leave it as it is."""
+    import morphnet
+    import resnet_factorized
+    torch.manual_seed(0)
+    model = resnet_factorized.build("resnet18", 8)
+    return model, morphnet.sizes_of(model, (3, 32, 32)), morphnet.structure_of(model, None)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """As in the other processes of a test: sums depend on the number of threads."""

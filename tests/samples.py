@@ -1,6 +1,9 @@
-"""Small data and networks that several test modules share."""
+"""Small data and networks that several test modules share, and what torch counts of one."""
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import cifar10
 
@@ -26,3 +29,51 @@ def small_network():
     kernel = torch.randn(3, 5, generator=generator) * (torch.rand(3, 5, generator=generator) > 0.5)
     return {"architecture": {"name": "x", "groups": 2}, "widths": {"a": [3, 5]},
             "weights": {"a.weight": kernel, "steps": torch.tensor(7), "bias": torch.randn(4, generator=generator)}}
+
+
+def space(name, makers, norms, readers, depthwise=(), unfold=1):
+    return {"name": name, "makers": makers, "norms": norms, "readers": readers, "depthwise": list(depthwise),
+            "unfold": unfold, "shuffled": None, "branch": None}
+
+
+class Tiny(nn.Module):
+    """Full, depthwise and grouped convolutions, and a linear layer that reads flattened 2x2 images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.depth, self.bn2 = nn.Conv2d(4, 4, 3, 2, 1, groups=4, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn3 = nn.Conv2d(4, 6, 1, groups=2, bias=False), nn.BatchNorm2d(6)
+        self.linear = nn.Linear(24, 5)
+
+    def forward(self, images):
+        hidden = F.relu(self.bn2(self.depth(F.relu(self.bn1(self.conv1(images))))))
+        return self.linear(F.adaptive_avg_pool2d(F.relu(self.bn3(self.conv2(hidden))), 2).flatten(1))
+
+    def channels(self):
+        return [space("a", ["conv1"], ["bn1", "bn2"], ["conv2"], ["depth"]),
+                space("b", ["conv2"], ["bn3"], ["linear"], unfold=4)]
+
+
+class Plain(nn.Module):
+    """Without batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.hidden, self.out = nn.Conv2d(1, 3, 3, padding=1), nn.Linear(48, 4), nn.Linear(4, 2)
+
+    def forward(self, images):
+        return self.out(F.relu(self.hidden(F.relu(self.conv(images)).flatten(1))))
+
+    def channels(self):
+        return [space("conv", ["conv"], [], ["hidden"], unfold=16), space("hidden", ["hidden"], [], ["out"])]
+
+
+def macs_by_torch(model, shape=(3, 32, 32)):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, *shape))
+    return counter.get_total_flops() // 2
+
+
+def weights_of(model):
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from conftest import ROOT
 
@@ -97,6 +98,8 @@ def test_a_stopped_study_goes_on_and_its_table_holds_the_means(tmp_path, monkeyp
     for row in table.to_dict("records"):
         of_arm = runs[runs["arm"] == row["arm"]]
         assert row["n"] == 2 and row["test_accuracy"] == pytest.approx(of_arm["test_accuracy"].mean(), rel=1e-4)
+        low, high = scipy.stats.ttest_1samp(of_arm["test_accuracy"], 0).confidence_interval(0.95)
+        assert [row["test_accuracy_low"], row["test_accuracy_high"]] == pytest.approx([low, high], rel=1e-4)
         assert row["validation_accuracy_sd"] == pytest.approx(of_arm["validation_accuracy"].std(), rel=1e-4)
     for row in runs.to_dict("records"):
         folder = study.folder_of("small", {"name": row["arm"]}, row["seed"])
@@ -141,8 +144,9 @@ def test_an_arm_is_compared_with_the_one_it_names():
     small = table.set_index("arm").loc["small"]
     assert small["parameters_fewer"] == pytest.approx(80) and small["macs_fewer"] == pytest.approx(75)
     assert small["times_faster"] == pytest.approx(4)
-    assert "| g | small | 2 | 1.00 ± 0.00 | 1.00 ± 0.00 | 200 | 80.0 % | 200 | 75.0 % |" in study.markdown_of(table)
-    assert study.markdown_of(table).splitlines()[-1].endswith("| 1.00 |  | 1.00 |")      # against one that has not run
+    text = study.markdown_of(table)
+    assert "| g | small | 2 | 1.00 ± 0.00 | 1.00 ± 0.00 (95 %: 1.00 to 1.00) | 200 | 80.0 % | 200 | 75.0 % | 1" in text
+    assert text.splitlines()[-1].endswith("| 1.00 |  | 1.00 |")      # against one that has not run
 
 
 def test_epochs_get_faster_where_channels_leave(tmp_path, monkeypatch):
