@@ -145,19 +145,23 @@ def draw(path, rows):
     """Accuracy against milliseconds, a colour a network, a marker a form; the area grows with the file."""
     from matplotlib.figure import Figure
     shown = [row for row in rows if row["accuracy"] is not None and "milliseconds" in row]
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    networks, markers = list(dict.fromkeys(row["network"] for row in shown)), dict(zip(FORMS, "osD^vP", strict=False))
+    colours = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(row["network"] for row in shown))}
+    markers = dict(zip(FORMS, "osD^vP", strict=True))
     for row in shown:
         axes.scatter(row["milliseconds"]["median"], row["accuracy"], s=20 + row["bytes"] / 20_000, alpha=0.7,
-                     marker=markers[row["form"]], color=f"C{networks.index(row['network'])}",
-                     label=f"{row['network']}, {row['form']}")
+                     marker=markers[row["form"]], color=colours[row["network"]])
     for row in rows:
         if (row["network"], row["form"]) == (DENSE, "PyTorch") and "milliseconds" in row:
             axes.axvline(row["milliseconds"]["median"], color="gray", linestyle=":", label=f"{DENSE}, PyTorch")
+    for name, colour in colours.items():
+        axes.plot([], [], color=colour, linewidth=5, label=name)
+    for form in dict.fromkeys(row["form"] for row in shown):
+        axes.plot([], [], markers[form], color="gray", label=form)
     axes.set(xscale="log", xlabel="milliseconds, one image", ylabel="test accuracy (%)")
     axes.grid(alpha=0.4)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 

@@ -6,8 +6,8 @@ and layers.png beside each run, and writes table.md, table.csv, time.csv,
 accuracy_size.png and accuracy_time.png to --out, with a copy of each run's files
 there. Runs that differ in nothing but their seed share a row: n, mean and
 standard deviation. time.csv says after how many minutes of epochs, measuring
-included, each run first reached --level, or the highest validation accuracy that
-all of one data set reached.
+included, each run first reached each --level, or the highest validation accuracy
+that all of one data set reached.
 """
 import json
 import shutil
@@ -181,23 +181,23 @@ def draw_accuracy_size(path, table):
     plt.close(figure)
 
 
-def times_of(runs, level=None):
-    """Minutes of epochs until each run first had `level` % validation accuracy, a row a run, as a DataFrame.
+def times_of(runs, levels=()):
+    """Minutes of epochs until each run first had each level of validation accuracy (%), a row a run and level.
 
-    level: None is the highest that all runs on the same data set reached. A run that never had it has no minutes.
+    levels: none is the highest that all runs on the same data set reached. A run that never had one has no minutes
+    there. Returns a DataFrame.
     """
     rows = []
     for run in runs:
         accuracies, minutes = run["history"]["validation_accuracy"], run["history"]["seconds"].cumsum() / 60
-        wanted = level
-        if level is None:
-            wanted = min(other["history"]["validation_accuracy"].max() for other in runs
-                         if other["dataset"] == run["dataset"])
-        first = next((epoch for epoch, accuracy in enumerate(accuracies) if accuracy >= wanted), None)
-        rows.append({**{name: run[name] for name in ("run", "dataset", "network", "recipe", "device", "minutes")},
-                     "highest": accuracies.max(), "level": wanted,
-                     "epochs_to_level": None if first is None else first + 1,
-                     "minutes_to_level": None if first is None else minutes[first]})
+        reached_by_all = min(other["history"]["validation_accuracy"].max() for other in runs
+                             if other["dataset"] == run["dataset"])
+        for level in levels or [reached_by_all]:
+            first = next((epoch for epoch, accuracy in enumerate(accuracies) if accuracy >= level), None)
+            rows.append({**{name: run[name] for name in ("run", "dataset", "network", "recipe", "device", "minutes")},
+                         "highest": accuracies.max(), "level": level,
+                         "epochs_to_level": None if first is None else first + 1,
+                         "minutes_to_level": None if first is None else minutes[first]})
     return pd.DataFrame(rows)
 
 
@@ -247,8 +247,8 @@ def main(argv):
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", help="folders of runs (all in runs/ and results/)")
     parser.add_argument("--out", default="results", help="where table and plots go (results)")
-    parser.add_argument("--level", type=float, metavar="ACCURACY",
-                        help="validation accuracy in %% whose time is looked up (the highest that all runs reached)")
+    parser.add_argument("--level", type=float, nargs="+", default=[], metavar="ACCURACY",
+                        help="validation accuracies in %% whose time is looked up (the highest that all runs reached)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)

@@ -1,13 +1,18 @@
-"""The model that ships gives the numbers that the README and results/ state."""
+"""The models that ship give the numbers that the README and results/ state."""
 import json
 
 import pytest
 from conftest import ROOT
 
+import cifar10
+import deployment
+import export
 import pruning
 import test as half_test
 from networks import load_network
 from train import SHIPPED
+
+TEACHER = SHIPPED.parent / "wrn16_2_cifar10.pt.gz"
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +39,31 @@ def test_it_is_small():
     assert SHIPPED.stat().st_size < 11_173_962 * 4 / 100
 
 
-def test_accuracy_on_the_real_test_images(real_cifar10, capsys, stated):
-    half_test.main(["--checkpoint", str(SHIPPED), "--data", str(real_cifar10), "--json"])
+def accuracy_of(path, data, capsys):
+    """What test.py says of a file on all 10,000 test images, in %."""
+    half_test.main(["--checkpoint", str(path), "--data", str(data), "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == 10_000
-    # other processors and threads add in another order: a few of 10,000 images may tip over
-    assert result["accuracy"] == pytest.approx(stated["test"]["accuracy"], abs=0.05)
+    return result["accuracy"]
+
+
+# other processors and threads add in another order: a few of 10,000 images may tip over
+def test_accuracy_on_the_real_test_images(real_cifar10, capsys, stated):
+    assert accuracy_of(SHIPPED, real_cifar10, capsys) == pytest.approx(stated["test"]["accuracy"], abs=0.05)
+
+
+def test_the_teacher_is_as_good_as_stated(real_cifar10, capsys):
+    stated = json.loads((ROOT / "results" / "wrn16_2_test.json").read_text())
+    found = accuracy_of(TEACHER, real_cifar10, capsys)
+    assert found == pytest.approx(stated["accuracy"], abs=0.05)
+
+
+def test_the_teacher_with_weights_of_8_bits_is_a_fiftieth_of_dense_resnet18(real_cifar10, tmp_path):
+    path, form = tmp_path / "network.w8.onnx", "ONNX Runtime, 8-bit weights"
+    export.main(["--checkpoint", str(TEACHER), "--out", str(path), "--no-compare"])
+    data, kind = cifar10.load("cifar10", real_cifar10), cifar10.KINDS["cifar10"]
+    accuracy = deployment.test_form(form, path, cifar10.Batches(data.x_test, data.y_test, 250, kind))
+    stated = json.loads((ROOT / "results" / "deployment" / "deployment.json").read_text())["rows"]
+    row, = (row for row in stated if row["network"].startswith("WRN-16-2") and row["form"] == form)
+    assert accuracy == pytest.approx(row["accuracy"], abs=0.1)             # made from half precision here
+    assert path.stat().st_size < 44.8e6 / 50

@@ -97,8 +97,9 @@ def test_the_time_to_an_accuracy_is_that_of_the_first_epoch_that_had_it():
     assert times["level"].tolist() == [70.0, 70.0, 99.0]
     assert times["minutes_to_level"].tolist() == [2.0, 30.0, 0.1]
     assert times["epochs_to_level"].tolist() == [2, 3, 1]
-    times = report.times_of(runs[:2], level=71).set_index("run")
-    assert times["minutes_to_level"]["a"] == 2.0 and pd.isna(times["minutes_to_level"]["b"])
+    times = report.times_of(runs[:2], [71, 70]).set_index(["run", "level"])
+    assert times["minutes_to_level"]["a"].tolist() == [2.0, 2.0] and times["minutes_to_level"]["b", 70] == 30.0
+    assert pd.isna(times["minutes_to_level"]["b", 71])
 
 
 def test_times_are_written_and_drawn(reported, tmp_path):
