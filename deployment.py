@@ -148,7 +148,7 @@ def draw(path, rows):
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     colours = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(row["network"] for row in shown))}
-    markers = dict(zip(FORMS, "osD^vP", strict=True))
+    markers = dict(zip(FORMS, "osD^vP", strict=False))
     for row in shown:
         axes.scatter(row["milliseconds"]["median"], row["accuracy"], s=20 + row["bytes"] / 20_000, alpha=0.7,
                      marker=markers[row["form"]], color=colours[row["network"]])
