@@ -7,6 +7,7 @@ from conftest import ROOT
 import cifar10
 import deployment
 import export
+import profil
 import pruning
 import test as half_test
 from networks import load_network
@@ -67,3 +68,15 @@ def test_the_teacher_with_weights_of_8_bits_is_a_fiftieth_of_dense_resnet18(real
     row, = (row for row in stated if row["network"].startswith("WRN-16-2") and row["form"] == form)
     assert accuracy == pytest.approx(row["accuracy"], abs=0.1)             # made from half precision here
     assert path.stat().st_size < 44.8e6 / 50
+
+
+def test_the_packed_network_has_its_score_and_accuracy(real_cifar10, capsys):
+    path = SHIPPED.parent / "resnet20_12_24_48_3bits_cifar10.packed.gz"
+    stated = {part: json.loads((ROOT / "results" / "low_bits" / f"{part}.json").read_text())
+              for part in ("profile", "test")}
+    profil.main(["--checkpoint", str(path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    for name in ("score_course", "score_course_strict", "nonzero", "macs"):
+        assert found[name] == stated["profile"][name]
+    assert found["score_course"] < 0.0101
+    assert accuracy_of(path, real_cifar10, capsys) == pytest.approx(stated["test"]["accuracy"], abs=0.05)
