@@ -10,6 +10,7 @@ included, each run first reached each --level, or the highest validation accurac
 that all of one data set reached.
 """
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def read_run(folder):
             "epochs": "+".join(map(str, history.groupby("round").size())),
             "pruning": pruning_of(settings), "mixing": settings["mixing"],
             "weights": settings.get("weights", "float"), "batch_size": settings["batch_size"], "lr": settings["lr"],
-            "recipe": settings["recipe"], "device": config["device"], "seed": settings["seed"],
+            "recipe": settings["recipe"] + ", distilled" * bool(settings.get("teacher")),
+            "device": config["device"], "seed": settings["seed"],
             "validation_accuracy": history["validation_accuracy"].iloc[-1], "test_accuracy": test.get("accuracy"),
             "precision": test.get("precision"), "minutes": history["seconds"].sum() / 60,
             "parameters": profile.get("parameters"), "nonzero": profile.get("nonzero"),
@@ -162,9 +164,6 @@ def draw_accuracy_size(path, table):
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for dataset, rows in tested.groupby("dataset"):
         axes.scatter(rows["nonzero"], rows["test_accuracy"], label=f"ours, {dataset}")
-        for row in rows.itertuples():
-            axes.annotate(f"{row.network}, {row.epochs} epochs", (row.nonzero, row.test_accuracy), xytext=(-6, -3),
-                          textcoords="offset points", ha="right", fontsize=8)
     if "cifar10" in set(tested["dataset"]):
         axes.scatter([size for _, size, _ in CITED], [accuracy for *_, accuracy in CITED], marker="x", color="gray",
                      label="cited, CIFAR-10")
@@ -175,6 +174,14 @@ def draw_accuracy_size(path, table):
     axes.set(xscale="log", xlabel="parameters that are not zero", ylabel="test accuracy (%)")
     axes.margins(x=0.25, y=0.15)
     axes.set_xlim(left=axes.get_xlim()[0] / 12)              # room for the names on the left
+    axes.set_ylim(axes.get_ylim())
+    place = -math.inf                                        # a name stays 10 points above the one below it
+    for row in tested.sort_values("test_accuracy").itertuples():
+        height = axes.transData.transform((row.nonzero, row.test_accuracy))[1] * 72 / figure.dpi
+        place = max(height, place + 10)
+        axes.annotate(f"{row.network}, {row.epochs} epochs" + ", distilled" * ("distilled" in row.recipe),
+                      (row.nonzero, row.test_accuracy), xytext=(-6, place - height - 3), textcoords="offset points",
+                      ha="right", fontsize=8)
     if axes.collections:
         axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)

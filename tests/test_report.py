@@ -35,11 +35,12 @@ def test_runs_that_differ_in_seed_share_a_row(reported, tmp_path, capsys):
     assert (tmp_path / "table.md").read_text().count("\n") == 3
 
 
-def test_another_setting_is_another_row(reported, tmp_path):
+@pytest.mark.parametrize("setting, value", [("lr", 0.01), ("teacher", "runs/teacher/model.pt")])
+def test_another_setting_is_another_row(reported, tmp_path, setting, value):
     other = tmp_path / "other"
     shutil.copytree(reported[0], other)
     config = json.loads((other / "config.json").read_text())
-    config["settings"]["lr"] = 0.01
+    config["settings"][setting] = value
     (other / "config.json").write_text(json.dumps(config))
     report.main([*map(str, reported), str(other), "--out", str(tmp_path / "out")])
     assert sorted(pd.read_csv(tmp_path / "out" / "table.csv")["n"]) == [1, 2]
@@ -54,6 +55,17 @@ def test_plots_are_drawn_and_kept_without_sources(reported, tmp_path):
     config = json.loads((kept / "config.json").read_text())
     assert "source" not in config and "out" not in config["settings"]
     assert pd.read_csv(kept / "history.csv").equals(pd.read_csv(reported[0] / "history.csv"))
+
+
+def test_names_of_near_points_do_not_overlap(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report.plt, "close", drawn.append)
+    table = pd.DataFrame({"dataset": "cifar10", "network": "n", "epochs": ["1", "2", "3"], "recipe": "ours",
+                          "nonzero": 135_748.0, "test_accuracy": [90.46, 90.6, 90.5]})
+    report.draw_accuracy_size(tmp_path / "size.png", table)
+    names = [text.get_window_extent() for text in drawn[0].axes[0].texts if text.get_text().endswith("epochs")]
+    assert len(names) == 3
+    assert not any(name.overlaps(other) for place, name in enumerate(names) for other in names[:place])
 
 
 def test_kept_runs_are_reported_again_from_results(reported, tmp_path, monkeypatch):
