@@ -29,7 +29,8 @@ CITED = [    # (name, parameters left, accuracy in %), CIFAR-10 test images, as 
     ("dense ResNet-18, good recipe", 11_173_962, 95.3),
     ("cifar10-tiniest", 97_500, 94.4),
 ]
-SAME = ["dataset", "network", "epochs", "pruning", "mixing", "weights", "batch_size", "lr", "recipe", "device"]
+SAME = ["dataset", "network", "epochs", "pruning", "mixing", "weights", "batch_size", "lr", "recipe", "distilled",
+        "device"]
 
 
 def read_run(folder):
@@ -46,7 +47,7 @@ def read_run(folder):
             "epochs": "+".join(map(str, history.groupby("round").size())),
             "pruning": pruning_of(settings), "mixing": settings["mixing"],
             "weights": settings.get("weights", "float"), "batch_size": settings["batch_size"], "lr": settings["lr"],
-            "recipe": settings["recipe"] + ", distilled" * bool(settings.get("teacher")),
+            "recipe": settings["recipe"], "distilled": bool(settings.get("teacher")),
             "device": config["device"], "seed": settings["seed"],
             "validation_accuracy": history["validation_accuracy"].iloc[-1], "test_accuracy": test.get("accuracy"),
             "precision": test.get("precision"), "minutes": history["seconds"].sum() / 60,
@@ -179,7 +180,7 @@ def draw_accuracy_size(path, table):
     for row in tested.sort_values("test_accuracy").itertuples():
         height = axes.transData.transform((row.nonzero, row.test_accuracy))[1] * 72 / figure.dpi
         place = max(height, place + 10)
-        axes.annotate(f"{row.network}, {row.epochs} epochs" + ", distilled" * ("distilled" in row.recipe),
+        axes.annotate(f"{row.network}, {row.epochs} epochs" + ", distilled" * row.distilled,
                       (row.nonzero, row.test_accuracy), xytext=(-6, place - height - 3), textcoords="offset points",
                       ha="right", fontsize=8)
     if axes.collections:

@@ -16,9 +16,14 @@ from train import SHIPPED
 TEACHER = SHIPPED.parent / "wrn16_2_cifar10.pt.gz"
 
 
+def result(name):
+    """What a JSON file in results/ states."""
+    return json.loads((ROOT / "results" / name).read_text())
+
+
 @pytest.fixture(scope="module")
 def stated():
-    return {part: json.loads((ROOT / "results" / f"shipped_{part}.json").read_text()) for part in ("profile", "test")}
+    return {part: result(f"shipped_{part}.json") for part in ("profile", "test")}
 
 
 def test_zeros_and_parameters(stated):
@@ -30,7 +35,7 @@ def test_zeros_and_parameters(stated):
 
 
 def test_it_is_the_run_that_it_came_from_without_dead_channels(stated):
-    run = json.loads((ROOT / "results" / "cifar10-60-epochs-distilled" / "report.json").read_text())
+    run = result("cifar10-60-epochs-distilled/report.json")
     # 56 dead channels leave, each with the scale and shift of its batch norm; rounding to half precision adds zeros
     assert 0 <= run["profile"]["nonzero"] - stated["profile"]["nonzero"] - 2 * 56 <= 50
     assert stated["test"]["accuracy"] == pytest.approx(run["test"]["accuracy"], abs=0.05)
@@ -54,7 +59,7 @@ def test_accuracy_on_the_real_test_images(real_cifar10, capsys, stated):
 
 
 def test_the_teacher_is_as_good_as_stated(real_cifar10, capsys):
-    stated = json.loads((ROOT / "results" / "wrn16_2_test.json").read_text())
+    stated = result("wrn16_2_test.json")
     found = accuracy_of(TEACHER, real_cifar10, capsys)
     assert found == pytest.approx(stated["accuracy"], abs=0.05)
 
@@ -64,7 +69,7 @@ def test_the_teacher_with_weights_of_8_bits_is_a_fiftieth_of_dense_resnet18(real
     export.main(["--checkpoint", str(TEACHER), "--out", str(path), "--no-compare"])
     data, kind = cifar10.load("cifar10", real_cifar10), cifar10.KINDS["cifar10"]
     accuracy = deployment.test_form(form, path, cifar10.Batches(data.x_test, data.y_test, 250, kind))
-    stated = json.loads((ROOT / "results" / "deployment" / "deployment.json").read_text())["rows"]
+    stated = result("deployment/deployment.json")["rows"]
     row, = (row for row in stated if row["network"].startswith("WRN-16-2") and row["form"] == form)
     assert accuracy == pytest.approx(row["accuracy"], abs=0.1)             # made from half precision here
     assert path.stat().st_size < 44.8e6 / 50
@@ -72,8 +77,7 @@ def test_the_teacher_with_weights_of_8_bits_is_a_fiftieth_of_dense_resnet18(real
 
 def test_the_packed_network_has_its_score_and_accuracy(real_cifar10, capsys):
     path = SHIPPED.parent / "resnet20_12_24_48_3bits_cifar10.packed.gz"
-    stated = {part: json.loads((ROOT / "results" / "low_bits" / f"{part}.json").read_text())
-              for part in ("profile", "test")}
+    stated = {part: result(f"low_bits/{part}.json") for part in ("profile", "test")}
     profil.main(["--checkpoint", str(path), "--json"])
     found = json.loads(capsys.readouterr().out)
     for name in ("score_course", "score_course_strict", "nonzero", "macs"):

@@ -60,7 +60,7 @@ def test_plots_are_drawn_and_kept_without_sources(reported, tmp_path):
 def test_names_of_near_points_do_not_overlap(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(report.plt, "close", drawn.append)
-    table = pd.DataFrame({"dataset": "cifar10", "network": "n", "epochs": ["1", "2", "3"], "recipe": "ours",
+    table = pd.DataFrame({"dataset": "cifar10", "network": "n", "epochs": ["1", "2", "3"], "distilled": False,
                           "nonzero": 135_748.0, "test_accuracy": [90.46, 90.6, 90.5]})
     report.draw_accuracy_size(tmp_path / "size.png", table)
     names = [text.get_window_extent() for text in drawn[0].axes[0].texts if text.get_text().endswith("epochs")]
