@@ -2,15 +2,16 @@
 
 Each network is exported by export.py, and every file is used as it would be: the
 compact one in PyTorch, eager and compiled, the ONNX files in ONNX Runtime, in
-float32, with weights stored in 8 bits, and in int8; of few bits the packed one, in exact integers. A row says what
-that file gives on all test images, its bytes, and the milliseconds that one image
-takes, all in one run; dense ResNet-18, eager in PyTorch and untrained, is what they
-are compared with. --json writes the numbers, with a table (.md) and a plot (.png)
-beside them.
+float32, with weights stored in 8 bits, and in int8; of few bits the packed one, in
+exact integers (one that is packed already as it is). A row says what that file gives
+on all test images, its bytes, and the milliseconds that one image takes, all in one
+run; dense ResNet-18, eager in PyTorch and untrained, is what they are compared with.
+--json writes the numbers, with a table (.md) and a plot (.png) beside them.
 """
 import json
 import multiprocessing
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from networks import load_network
 
 FORMS = {"PyTorch": ".pt.gz", "PyTorch compiled": ".pt.gz", "ONNX Runtime": ".onnx",
          "ONNX Runtime, 8-bit weights": ".w8.onnx", "ONNX Runtime int8": ".int8.onnx", "packed integers": ".packed.gz"}
+MARKERS = {"PyTorch": "o", "PyTorch compiled": "s", "ONNX Runtime": "D", "ONNX Runtime, 8-bit weights": "^",
+           "ONNX Runtime int8": "v", "packed integers": "P"}
 OF_FLOATS = ("ONNX Runtime, 8-bit weights", "ONNX Runtime int8")
 DENSE = "ResNet-18 dense, untrained"
 
@@ -41,9 +44,27 @@ def named(given):
 
 
 def forms_of(source):
-    """The forms that a network is written in: of few bits its own integers, of floats those that ONNX Runtime finds."""
+    """The forms that a network is written in: of few bits its own integers, of floats those that ONNX Runtime finds.
+
+    Of a file that is packed already there is none but itself.
+    """
+    if is_packed(source):
+        return ["packed integers"]
     bits = "bits" in load_network(source)[1]["architecture"]
     return [form for form in FORMS if form not in (OF_FLOATS if bits else ("packed integers",))]
+
+
+def is_packed(source):
+    """Whether a file holds packed integers."""
+    return "integers" in load_network(source)[1]
+
+
+def write_form(source, path, data):
+    """Write a network in the form that the end of `path` says, by export.py; what is packed already is copied."""
+    if is_packed(source):
+        shutil.copy(source, path)
+    else:
+        call(["export.py", "--checkpoint", str(source), "--out", str(path), "--data", data, "--no-compare"])
 
 
 def write_dense(path, dataset):
@@ -94,8 +115,7 @@ def measure(name, source, folder, data, arguments):
         ending = FORMS[form]
         path = Path(folder) / f"network{ending}"
         if ending not in accuracies:
-            call(["export.py", "--checkpoint", str(source), "--out", str(path), "--data", arguments.data,
-                  "--no-compare"])
+            write_form(source, path, arguments.data)
             batches = cifar10.Batches(data.x_test[:arguments.limit], data.y_test[:arguments.limit], 250, kind)
             accuracies[ending] = None if name == DENSE else test_form(form, path, batches)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -148,17 +168,16 @@ def draw(path, rows):
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     colours = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(row["network"] for row in shown))}
-    markers = dict(zip(FORMS, "osD^vP", strict=False))
     for row in shown:
         axes.scatter(row["milliseconds"]["median"], row["accuracy"], s=20 + row["bytes"] / 20_000, alpha=0.7,
-                     marker=markers[row["form"]], color=colours[row["network"]])
+                     marker=MARKERS[row["form"]], color=colours[row["network"]])
     for row in rows:
         if (row["network"], row["form"]) == (DENSE, "PyTorch") and "milliseconds" in row:
             axes.axvline(row["milliseconds"]["median"], color="gray", linestyle=":", label=f"{DENSE}, PyTorch")
     for name, colour in colours.items():
         axes.plot([], [], color=colour, linewidth=5, label=name)
     for form in dict.fromkeys(row["form"] for row in shown):
-        axes.plot([], [], markers[form], color="gray", label=form)
+        axes.plot([], [], MARKERS[form], color="gray", label=form)
     axes.set(xscale="log", xlabel="milliseconds, one image", ylabel="test accuracy (%)")
     axes.grid(alpha=0.4)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -5,7 +5,8 @@ write) of each run; without names, of all in runs/ and results/. Draws curves.pn
 and layers.png beside each run, and writes table.md, table.csv, time.csv,
 accuracy_size.png and accuracy_time.png to --out, with a copy of each run's files
 there. Runs that differ in nothing but their seed share a row: n, mean and
-standard deviation. time.csv says after how many minutes of epochs, measuring
+standard deviation; `other settings` are those, shown in no column, that are not the
+recipe's. time.csv says after how many minutes of epochs, measuring
 included, each run first reached each --level, or the highest validation accuracy
 that all of one data set reached.
 """
@@ -20,6 +21,7 @@ import pandas as pd
 import checkpoint
 import cifar10
 import commandline
+from train import DEFAULTS, RECIPES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
@@ -29,8 +31,10 @@ CITED = [    # (name, parameters left, accuracy in %), CIFAR-10 test images, as 
     ("dense ResNet-18, good recipe", 11_173_962, 95.3),
     ("cifar10-tiniest", 97_500, 94.4),
 ]
-SAME = ["dataset", "network", "epochs", "pruning", "mixing", "weights", "batch_size", "lr", "recipe", "distilled",
-        "device"]
+COLUMNS = ["dataset", "network", "epochs", "pruning", "mixing", "weights", "recipe", "distilled", "device"]
+IN_COLUMNS = {"dataset", "model", "groups", "shuffle", "epochs", "sparsity", "pruning", "score", "mixing", "weights",
+              "recipe"}
+NOT_OF_THE_METHOD = {"seed", "out", "data", "debug", "dry_run", "resume", "force", "lines", "script"}
 
 
 def read_run(folder):
@@ -46,15 +50,32 @@ def read_run(folder):
             "network": network_of(config["architecture"]),
             "epochs": "+".join(map(str, history.groupby("round").size())),
             "pruning": pruning_of(settings), "mixing": settings["mixing"],
-            "weights": settings.get("weights", "float"), "batch_size": settings["batch_size"], "lr": settings["lr"],
+            "weights": settings.get("weights", "float"),
             "recipe": settings["recipe"], "distilled": bool(settings.get("teacher")),
-            "device": config["device"], "seed": settings["seed"],
+            "device": config["device"], "other_settings": unusual(settings), "settings": comparable(settings),
             "validation_accuracy": history["validation_accuracy"].iloc[-1], "test_accuracy": test.get("accuracy"),
             "precision": test.get("precision"), "minutes": history["seconds"].sum() / 60,
             "parameters": profile.get("parameters"), "nonzero": profile.get("nonzero"),
             "parameters_removed": profile.get("parameters_removed"), "macs": profile.get("macs"),
             "macs_removed": profile.get("macs_removed"), "score_course": profile.get("score_course"),
             "bytes": test.get("bytes", {}).get("compressed"), "history": history, "layers": profile.get("layers")}
+
+
+def comparable(settings):
+    """{name: text} of the settings by which runs are told apart; a path that names its seed does so as s*."""
+    seed = f"-s{settings['seed']}/"
+    return {name: (value if isinstance(value, str) else json.dumps(value)).replace(seed, "-s*/")
+            for name, value in sorted(settings.items()) if name not in NOT_OF_THE_METHOD}
+
+
+def unusual(settings):
+    """The settings, shown in no other column, that are not those of the recipe, as "lr 0.1, resize 20"."""
+    recipe = settings["recipe"]
+    usual = {**DEFAULTS, "schedule": "one-cycle", "averaging": "ema", **RECIPES.get(recipe, {}), "recipe": recipe}
+    usual = comparable({**usual, "seed": settings["seed"]})
+    words = [f"recipe {recipe}"] * (recipe != "ours")
+    return ", ".join(words + [f"{name} {value}" for name, value in comparable(settings).items()
+                              if name not in IN_COLUMNS and value != usual.get(name, value)])
 
 
 def network_of(architecture):
@@ -85,28 +106,30 @@ def read_json(path):
 
 def table_of(runs):
     """One row for each set of runs that differ in their seed alone, as a DataFrame."""
-    frame = pd.DataFrame([{name: value for name, value in run.items() if name not in ("history", "layers", "folder")}
-                          for run in runs])
+    frame = pd.DataFrame([{name: value for name, value in run.items()
+                           if name not in ("history", "layers", "folder", "settings")} for run in runs])
+    frame["together"] = [json.dumps(run["settings"]) for run in runs]
     numbers = ["validation_accuracy", "test_accuracy", "minutes", "nonzero", "parameters_removed", "macs",
                "macs_removed", "score_course", "bytes"]
     frame[numbers] = frame[numbers].astype(float)
-    groups = frame.groupby(SAME, sort=False, dropna=False)
+    groups = frame.groupby([*COLUMNS, "other_settings", "together"], sort=False)
     table = groups[numbers].mean()
     table.insert(0, "runs", groups["run"].agg(" ".join))
     table.insert(1, "n", groups.size())
     table.insert(4, "test_sd", groups["test_accuracy"].std())
-    return table.reset_index()
+    return table.reset_index().drop(columns="together")
 
 
 def markdown_of(table):
     """The table for a README."""
-    names = ["run", "data", "network", "weights", "mixing", "epochs", "pruned", "device", "n", "validation %",
-             "test %", "parameters left", "removed", "MACs", "removed", "course score", "bytes", "minutes"]
+    names = ["run", "data", "network", "weights", "mixing", "epochs", "pruned", "other settings", "device", "n",
+             "validation %", "test %", "parameters left", "removed", "MACs", "removed", "course score", "bytes",
+             "minutes"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in table.itertuples():
         spread = "" if pd.isna(row.test_sd) else f" ± {row.test_sd:.2f}"
-        cells = [row.runs, row.dataset, row.network, row.weights, row.mixing, row.epochs, row.pruning, row.device,
-                 str(row.n),
+        cells = [row.runs, row.dataset, row.network, row.weights, row.mixing, row.epochs, row.pruning,
+                 row.other_settings, row.device, str(row.n),
                  number(row.validation_accuracy, ".2f"), number(row.test_accuracy, ".2f") + spread,
                  number(row.nonzero, ",.0f"), number(row.parameters_removed, ".2%"), number(row.macs, ",.0f"),
                  number(row.macs_removed, ".2%"), number(row.score_course, ".4f"), number(row.bytes, ",.0f"),

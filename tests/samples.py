@@ -1,13 +1,23 @@
 """Small data and networks that several test modules share, and what torch counts of one."""
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cifar10
+from models import BasicBlock, WideBlock
 
 SMALL = cifar10.Kind((12, 11, 3), (40, 8), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), tuple("abcd"), True, "CIFAR10")
+NETWORKS = [    # name, arguments, side of an image that is quick to compute
+    ("lenet5", {"size": 28}, 28), ("lenet5", {"pooling": "average"}, 32), ("lenet5-student", {}, 32),
+    ("cifar-quick", {}, 32), ("mobilenet", {}, 16), ("resnet20", {"shortcut": "A"}, 8), ("resnet20", {}, 8),
+    ("resnet8-6-6-9", {}, 8), ("resnet8-4-6-9", {"shortcut": "A"}, 8),
+    ("wrn-10-1", {}, 8), ("wrn-10-2", {}, 8), ("wrn-16-1", {}, 8),
+]
+small = pytest.mark.parametrize(("name", "arguments", "side"), NETWORKS)
+residual = pytest.mark.parametrize(("name", "arguments", "side"), [each for each in NETWORKS if each[0][0] in "rw"])
 
 
 def random_data(kind, seed=0):
@@ -77,3 +87,27 @@ def macs_by_torch(model, shape=(3, 32, 32)):
 
 def weights_of(model):
     return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+
+
+def images_of(side, count=3, channels=3, dtype=torch.float32):
+    return torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def lively(model):
+    """The model in evaluation, double precision, with random batch norms, so that no scale is 1 and no shift 0."""
+    with torch.no_grad():
+        for module in model.double().eval().modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.running_var):
+                    tensor.uniform_(0.5, 1.5)
+                for tensor in (module.bias, module.running_mean):
+                    tensor.normal_(0, 0.5)
+    return model
+
+
+def layers_of(model, kinds=(nn.Conv2d, nn.Linear)):
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def blocks_of(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, (BasicBlock, WideBlock))}

@@ -111,6 +111,28 @@ def test_networks_of_few_bits_are_packed_and_not_quantized_again(tmp_path):
     assert deployment.forms_of(tmp_path / "few.pt") == [*list(deployment.FORMS)[:3], "packed integers"]
 
 
+def test_a_packed_file_is_measured_as_it_is(tmp_path):
+    architecture = {"name": "lenet5-student", "num_classes": 10, "in_channels": 3,
+                    "bits": {"conv1": [8, 8], "conv2": [2, 4]}}
+    network = checkpoint.network_of(networks.build(**architecture), architecture)
+    checkpoint.save(tmp_path / "few.pt", {**network, "dataset": "digits"})
+    packed = tmp_path / "few.packed.gz"
+    deployment.call(["export.py", "--checkpoint", str(tmp_path / "few.pt"), "--out", str(packed), "--no-compare"])
+    arguments = deployment.parse([str(packed), "--data", str(tmp_path), "--limit", "50", "--seconds", "0.01",
+                                  "--repeats", "1"])
+    arguments.dataset = "digits"
+    folder = tmp_path / "forms"
+    folder.mkdir()
+    (row,) = deployment.measure("few", packed, folder, cifar10.load("digits", str(tmp_path)), arguments)
+    assert row["form"] == "packed integers" and row["bytes"] == packed.stat().st_size
+    assert 0 <= row["accuracy"] <= 100 and row["milliseconds"]["median"] > 0
+
+
+def test_every_form_has_a_marker_of_its_own():
+    assert set(deployment.MARKERS) == set(deployment.FORMS)
+    assert len(set(deployment.MARKERS.values())) == len(deployment.FORMS)
+
+
 def test_a_script_that_fails_is_named_with_its_error(tmp_path):
     with pytest.raises(RuntimeError, match="python profil.py --checkpoint .*exit code 2; error: .*no checkpoint"):
         deployment.call(["profil.py", "--checkpoint", str(tmp_path / "none.pt")])

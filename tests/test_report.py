@@ -35,7 +35,8 @@ def test_runs_that_differ_in_seed_share_a_row(reported, tmp_path, capsys):
     assert (tmp_path / "table.md").read_text().count("\n") == 3
 
 
-@pytest.mark.parametrize("setting, value", [("lr", 0.01), ("teacher", "runs/teacher/model.pt")])
+@pytest.mark.parametrize("setting, value", [("lr", 0.01), ("teacher", "runs/teacher/model.pt"), ("prune_end", 0.9),
+                                            ("weight_decay", 2e-4), ("resize", 20), ("layer_bits", ["linear:8:8"])])
 def test_another_setting_is_another_row(reported, tmp_path, setting, value):
     other = tmp_path / "other"
     shutil.copytree(reported[0], other)
@@ -43,7 +44,20 @@ def test_another_setting_is_another_row(reported, tmp_path, setting, value):
     config["settings"][setting] = value
     (other / "config.json").write_text(json.dumps(config))
     report.main([*map(str, reported), str(other), "--out", str(tmp_path / "out")])
-    assert sorted(pd.read_csv(tmp_path / "out" / "table.csv")["n"]) == [1, 2]
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert sorted(table["n"]) == [1, 2]
+    assert f"{setting} " in table["other_settings"][1] and "seed" not in table["other_settings"][1]
+
+
+def test_seeds_with_a_teacher_each_share_a_row(reported, tmp_path):
+    folders = []
+    for seed, folder in enumerate(reported):
+        folders.append(shutil.copytree(folder, tmp_path / folder.name))
+        config = json.loads((folder / "config.json").read_text())
+        config["settings"]["teacher"] = f"runs/study-dense-s{seed}/model.pt"
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+    report.main([*map(str, folders), "--out", str(tmp_path / "out")])
+    assert list(pd.read_csv(tmp_path / "out" / "table.csv")["n"]) == [2]
 
 
 def test_plots_are_drawn_and_kept_without_sources(reported, tmp_path):
