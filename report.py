@@ -8,7 +8,8 @@ there. Runs that differ in nothing but their seed share a row: n, mean and
 standard deviation; `other settings` are those, shown in no column, that are not the
 recipe's. time.csv says after how many minutes of epochs, measuring
 included, each run first reached each --level, or the highest validation accuracy
-that all of one data set reached.
+that all of one data set reached; a run that went on from other weights (--start) has
+no such time, and no curve in accuracy_time.png.
 """
 import json
 import math
@@ -31,7 +32,8 @@ CITED = [    # (name, parameters left, accuracy in %), CIFAR-10 test images, as 
     ("dense ResNet-18, good recipe", 11_173_962, 95.3),
     ("cifar10-tiniest", 97_500, 94.4),
 ]
-COLUMNS = ["dataset", "network", "epochs", "pruning", "mixing", "weights", "recipe", "distilled", "device"]
+COLUMNS = ["dataset", "network", "epochs", "pruning", "mixing", "weights", "recipe", "distilled", "continued",
+           "device"]
 IN_COLUMNS = {"dataset", "model", "groups", "shuffle", "epochs", "sparsity", "pruning", "score", "mixing", "weights",
               "recipe"}
 NOT_OF_THE_METHOD = {"seed", "out", "data", "debug", "dry_run", "resume", "force", "lines", "script"}
@@ -52,6 +54,7 @@ def read_run(folder):
             "pruning": pruning_of(settings), "mixing": settings["mixing"],
             "weights": settings.get("weights", "float"),
             "recipe": settings["recipe"], "distilled": bool(settings.get("teacher")),
+            "continued": bool(settings.get("start") or settings.get("cycle_settings", {}).get("input_model_path")),
             "device": config["device"], "other_settings": unusual(settings), "settings": comparable(settings),
             "validation_accuracy": history["validation_accuracy"].iloc[-1], "test_accuracy": test.get("accuracy"),
             "precision": test.get("precision"), "minutes": history["seconds"].sum() / 60,
@@ -203,7 +206,8 @@ def draw_accuracy_size(path, table):
     for row in tested.sort_values("test_accuracy").itertuples():
         height = axes.transData.transform((row.nonzero, row.test_accuracy))[1] * 72 / figure.dpi
         place = max(height, place + 10)
-        axes.annotate(f"{row.network}, {row.epochs} epochs" + ", distilled" * row.distilled,
+        axes.annotate(f"{row.network}, {row.epochs} epochs" + " more" * row.continued
+                      + ", distilled" * row.distilled,
                       (row.nonzero, row.test_accuracy), xytext=(-6, place - height - 3), textcoords="offset points",
                       ha="right", fontsize=8)
     if axes.collections:
@@ -218,18 +222,18 @@ def times_of(runs, levels=()):
     levels: none is the highest that all runs on the same data set reached. A run that never had one has no minutes
     there. Returns a DataFrame.
     """
-    rows = []
+    names, rows = ["run", "dataset", "network", "recipe", "device", "minutes"], []
     for run in runs:
         accuracies, minutes = run["history"]["validation_accuracy"], run["history"]["seconds"].cumsum() / 60
         reached_by_all = min(other["history"]["validation_accuracy"].max() for other in runs
                              if other["dataset"] == run["dataset"])
         for level in levels or [reached_by_all]:
             first = next((epoch for epoch, accuracy in enumerate(accuracies) if accuracy >= level), None)
-            rows.append({**{name: run[name] for name in ("run", "dataset", "network", "recipe", "device", "minutes")},
+            rows.append({**{name: run[name] for name in names},
                          "highest": accuracies.max(), "level": level,
                          "epochs_to_level": None if first is None else first + 1,
                          "minutes_to_level": None if first is None else minutes[first]})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*names, "highest", "level", "epochs_to_level", "minutes_to_level"])
 
 
 def draw_accuracy_time(path, runs):
@@ -240,7 +244,8 @@ def draw_accuracy_time(path, runs):
                   label=run["run"])
     axes.set(xscale="log", xlabel="minutes of epochs", ylabel="validation accuracy (%)")
     axes.grid(alpha=0.4)
-    axes.legend(fontsize=8)
+    if runs:
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -290,12 +295,12 @@ def main(argv):
         if run["layers"]:
             draw_layers(run["folder"] / "layers.png", run)
         keep(run, out)
-    table = table_of(runs)
+    table, from_nothing = table_of(runs), [run for run in runs if not run["continued"]]
     checkpoint.write(out / "table.md", markdown_of(table).encode())
     checkpoint.write(out / "table.csv", table.to_csv(index=False).encode())
-    checkpoint.write(out / "time.csv", times_of(runs, arguments.level).to_csv(index=False).encode())
+    checkpoint.write(out / "time.csv", times_of(from_nothing, arguments.level).to_csv(index=False).encode())
     draw_accuracy_size(out / "accuracy_size.png", table)
-    draw_accuracy_time(out / "accuracy_time.png", runs)
+    draw_accuracy_time(out / "accuracy_time.png", from_nothing)
     print(markdown_of(table) + f"\nwritten: {out}/table.md, table.csv, time.csv, accuracy_size.png, "
           "accuracy_time.png, and curves and layers by run")
 

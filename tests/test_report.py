@@ -75,10 +75,12 @@ def test_names_of_near_points_do_not_overlap(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(report.plt, "close", drawn.append)
     table = pd.DataFrame({"dataset": "cifar10", "network": "n", "epochs": ["1", "2", "3"], "distilled": False,
-                          "nonzero": 135_748.0, "test_accuracy": [90.46, 90.6, 90.5]})
+                          "continued": [False, False, True], "nonzero": 135_748.0,
+                          "test_accuracy": [90.46, 90.6, 90.5]})
     report.draw_accuracy_size(tmp_path / "size.png", table)
-    names = [text.get_window_extent() for text in drawn[0].axes[0].texts if text.get_text().endswith("epochs")]
-    assert len(names) == 3
+    texts = [text for text in drawn[0].axes[0].texts if " epochs" in text.get_text()]
+    assert sorted(text.get_text() for text in texts) == ["n, 1 epochs", "n, 2 epochs", "n, 3 epochs more"]
+    names = [text.get_window_extent() for text in texts]
     assert not any(name.overlaps(other) for place, name in enumerate(names) for other in names[:place])
 
 
@@ -126,6 +128,17 @@ def test_the_time_to_an_accuracy_is_that_of_the_first_epoch_that_had_it():
     times = report.times_of(runs[:2], [71, 70]).set_index(["run", "level"])
     assert times["minutes_to_level"]["a"].tolist() == [2.0, 2.0] and times["minutes_to_level"]["b", 70] == 30.0
     assert pd.isna(times["minutes_to_level"]["b", 71])
+
+
+def test_a_run_from_other_weights_has_no_time_of_its_own(reported, tmp_path):
+    later = shutil.copytree(reported[1], tmp_path / "later")
+    config = json.loads((later / "config.json").read_text())
+    config["settings"]["start"] = "runs/seed0/model.pt"
+    (later / "config.json").write_text(json.dumps(config))
+    for runs, named in (([reported[0], later], ["seed0"]), ([later], [])):
+        report.main([*map(str, runs), "--out", str(tmp_path / "out")])
+        assert list(pd.read_csv(tmp_path / "out" / "time.csv")["run"]) == named
+        assert "start runs/seed0/model.pt" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_times_are_written_and_drawn(reported, tmp_path):
