@@ -200,7 +200,7 @@ def draw_accuracy_size(path, table):
                           ha="right" if right else "left", fontsize=8, color="gray")
     axes.set(xscale="log", xlabel="parameters that are not zero", ylabel="test accuracy (%)")
     axes.margins(x=0.25, y=0.15)
-    axes.set_xlim(left=axes.get_xlim()[0] / 12)              # room for the names on the left
+    axes.set_xlim(left=axes.get_xlim()[0] / 25)              # room for the names on the left
     axes.set_ylim(axes.get_ylim())
     place = -math.inf                                        # a name stays 10 points above the one below it
     for row in tested.sort_values("test_accuracy").itertuples():
