@@ -1,8 +1,12 @@
 """Fixtures that several test modules share."""
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DATA = Path(os.environ.get("DATA_ROOT", ROOT.parent / "shared" / "data"))     # real data sets, where there are some
+pytest.register_assert_rewrite("samples", "sample_runs")
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +50,20 @@ def resnet():
     return model, morphnet.sizes_of(model, (3, 32, 32)), morphnet.structure_of(model, None)
 
 
+@contextlib.contextmanager
+def threads(number):
+    """torch computes on so many threads within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """As in the other processes of a test: sums depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -60,45 +72,55 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-class Stop(Exception):
-    """Raised by a test in the middle of a run."""
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run of three rounds that nothing disturbed: its folder, and last.pt as it was after each epoch."""
+    from sample_runs import ROUNDS
 
-
-def stop_after_a_save(patch):
-    """Make the next epoch of any run end in `Stop` once it is saved."""
+    import checkpoint
     import train
-    real = train.save
+    import train_pruning
+    out, states, real = tmp_path_factory.mktemp("finished") / "run", [], train.save
 
     def save(run):
         real(run)
-        raise Stop
-    patch.setattr(train, "save", save)
+        states.append(checkpoint.read(run.out / "last.pt"))
+    with threads(1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save", save)
+        train_pruning.main([*ROUNDS, "--out", str(out)])
+    return SimpleNamespace(out=out, states=states)
 
 
-def run_in_parts(begin, out, epochs):
-    """Stop a run of train_pruning.py in `out` after each of its epochs, and resume it until it is finished.
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory):
+    """The same run, with Ctrl-C pressed twice after the first epoch: folder, exit code, both outputs."""
+    from sample_runs import ROUNDS, launch, wait_for
+    out = tmp_path_factory.mktemp("interrupted") / "run"
+    process = launch(*ROUNDS, "--out", out)
+    wait_for(process, lambda: (out / "last.pt").exists())
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    return SimpleNamespace(out=out, code=process.returncode, output=output, errors=errors)
 
-    begin: starts it; each part finds torch's global generator in another state.
-    """
-    import train_pruning
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after_a_save(patch)
-        for epoch in range(epochs):
-            torch.manual_seed(1000 + epoch)
-            with pytest.raises(Stop):
-                train_pruning.main(["--resume", "--out", str(out)]) if epoch else begin()
-    train_pruning.main(["--resume", "--out", str(out)])
 
+@pytest.fixture
+def shell(monkeypatch, capsys):
+    """shell("train.py", *flags) -> (exit code, its one error line), as the script run from a shell, but in here."""
+    from sample_runs import SCRIPTS, one_line
 
-def same(one, other):
-    """Equal in types, keys, dtypes, shapes and every bit of every tensor."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, torch.Tensor):
-        return (one.dtype == other.dtype and one.shape == other.shape
-                and one.contiguous().flatten().view(torch.uint8).equal(other.contiguous().flatten().view(torch.uint8)))
-    return one == other
+    import commandline
+
+    def call(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        handler = signal.getsignal(signal.SIGINT)
+        capsys.readouterr()
+        try:
+            with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+                commandline.command(SCRIPTS.get(script, script))
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        assert ended.type is SystemExit, "the second Ctrl-C broke the way out"
+        return ended.value.code, one_line(capsys.readouterr().err)
+    return call

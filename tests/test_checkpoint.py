@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_runs import same
 from samples import small_network
 from torch import nn
 

@@ -4,9 +4,9 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_runs import same
 from torch.utils.flop_counter import FlopCounterMode
 
 import compiling

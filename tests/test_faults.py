@@ -1,64 +1,22 @@
 """What the user sees of a fault: one line, the way out, the right exit code, and nothing that trained or was saved."""
 import csv
 import os
-import re
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from sample_runs import ROOT, SMALL, run_script, start_training
 
-import checkpoint
 import commandline
-import experiment
 import train
-import train_pruning
-
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--dataset", "digits", "--limit", "32", "--batch-size", "32", "--compile", "off", "--device", "cpu"]
-SCRIPTS = {"train.py": train.main, "train_pruning.py": train_pruning.main}
-
-
-@pytest.fixture
-def shell(monkeypatch, capsys):
-    """shell("train.py", *flags) -> (exit code, its one error line), as the script run from a shell, but in here."""
-    def call(script, *flags):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        handler = signal.getsignal(signal.SIGINT)
-        capsys.readouterr()
-        try:
-            with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
-                commandline.command(SCRIPTS.get(script, script))
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        assert ended.type is SystemExit, "the second Ctrl-C broke the way out"
-        return ended.value.code, one_line(capsys.readouterr().err)
-    return call
 
 
 @pytest.fixture
 def untrained(monkeypatch):
     """Fail where a step of training is made."""
     monkeypatch.setattr(train, "train_step", lambda *arguments: pytest.fail("it trains"))
-
-
-def one_line(errors):
-    """The single line on stderr, without its `error: `."""
-    line, = errors.splitlines()
-    assert line.startswith("error: ") and line.count("error: ") == 1
-    return line.removeprefix("error: ")
-
-
-def run_script(script, *flags, folder=ROOT, **environment):
-    """(exit code, its one error line) of a script in a process of its own."""
-    done = subprocess.run([sys.executable, script, *map(str, flags)], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-    return done.returncode, one_line(done.stderr)
 
 
 def is_empty(folder):
@@ -221,128 +179,6 @@ def test_no_data_and_no_network(shell, untrained, no_network, tmp_path, dataset,
     assert is_empty(tmp_path / "run")
 
 
-# ---- technique lines
-
-def edited(tmp_path, script, *changes):
-    """A copy of the scripts in which `script` has its lines changed: (old, new), each of which must be there."""
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    text = (tmp_path / script).read_text()
-    for old, new in changes:
-        assert re.search(old, text, re.MULTILINE), old
-        text = re.sub(old, new, text, count=1, flags=re.MULTILINE)
-    (tmp_path / script).write_text(text)
-    return tmp_path / script
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("group", ["MODEL", "GROUPS", "SHUFFLE", "MIXING", "SCHEDULE", "AVERAGING"])
-def test_two_active_lines_or_none_name_the_group_and_its_choices(tmp_path, script, group):
-    two = edited(tmp_path, script, (f"^# {group} = ", f"{group} = "))
-    choices = commandline.read_lines(ROOT / script)[1][group]
-    with pytest.raises(ValueError, match=f"{script} has 2 active {group} lines.*{', '.join(map(repr, choices))}"):
-        commandline.read_lines(two)
-    none = edited(tmp_path, script, (f"^{group} = ", f"# {group} = "))
-    with pytest.raises(ValueError, match=f"{script} has 0 active {group} lines.*{', '.join(map(repr, choices))}"):
-        commandline.read_lines(none)
-
-
-def test_a_line_commented_without_a_space_is_still_a_choice(tmp_path):
-    """As many editors comment a line."""
-    script = edited(tmp_path, "train.py", ("^MIXING = ", "#MIXING = "), ("^# MIXING = ", "#MIXING = "))
-    with pytest.raises(ValueError, match="train.py has 0 active MIXING lines.*'cutmix', 'mixup', 'none'"):
-        commandline.read_lines(script)
-
-
-def test_two_active_lines_from_the_shell(tmp_path):
-    script = edited(tmp_path, "train_pruning.py", ("^# GROUPS = 1 ", "GROUPS = 1 "))
-    code, line = run_script(script.name, *SMALL, "--out", tmp_path / "run", folder=tmp_path)
-    assert code == 2 and "2 active GROUPS lines" in line and "8, 4, 1" in line
-    assert not (tmp_path / "run").exists()
-
-
-# ---- loss that is not finite, memory, disk
-
-def start(out, *flags):
-    """A run of train.py, about to train."""
-    return experiment.start(train.__file__, "", train.DEFAULTS, train.RECIPES,
-                            [*SMALL, "--out", str(out), *map(str, flags)])
-
-
-def test_diverging_validation_is_not_saved(shell, tmp_path):
-    """One step an epoch: the first loss is finite, what it leads to is not."""
-    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--epochs", 3, "--lr", 1e12)
-    assert code == 1 and "not finite" in line and "last good checkpoint: none yet" in line
-    assert not list((tmp_path / "run").glob("*.pt"))
-
-
-def test_diverging_run_from_the_shell(tmp_path):
-    code, line = run_script("train.py", *SMALL, "--limit", 64, "--out", tmp_path / "run", "--lr", "1e30", "--epochs", 2)
-    assert code == 1
-    assert re.search(r"not finite: epoch 1, step 2, learning rate \S+; last good checkpoint: none yet; .*--lr", line)
-    assert sorted(os.listdir(tmp_path / "run")) == ["config.json"]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, value):
-    run, real = start(tmp_path / "run", "--epochs", 2, "--lr", 0.125), train.save
-
-    def save_then_poison(run):
-        real(run)
-        run.model.linear.bias.data[0] = value
-        poisoned.update({name: tensor.clone() for name, tensor in run.model.named_parameters()},
-                        files={path.name: path.read_bytes() for path in run.out.iterdir()})
-    poisoned = {}
-    monkeypatch.setattr(train, "save", save_then_poison)
-    with pytest.raises(RuntimeError) as problem:
-        train.fit(run)
-    rate = 0.125 * experiment.one_cycle(1 / 2)
-    assert f"not finite: epoch 2, step 1, learning rate {rate:.4g}; last good checkpoint: {run.out}/last.pt" in str(
-        problem.value)
-    assert poisoned.pop("files") == {path.name: path.read_bytes() for path in run.out.iterdir()}
-    assert all(torch.equal(tensor.nan_to_num(), poisoned[name].nan_to_num())
-               for name, tensor in run.model.named_parameters()), "no update"
-
-
-@pytest.mark.parametrize("loss, gradient, refused", [(1.0, 1.0, False), (1.0, float("inf"), True),
-                                                     (1.0, float("nan"), True), (float("inf"), 1.0, True)])
-def test_gradient_that_is_not_finite_is_refused_too(tmp_path, loss, gradient, refused):
-    model = torch.nn.Linear(2, 2)
-    model.weight.grad, model.bias.grad = torch.full((2, 2), 0.5), torch.tensor([0.5, gradient])
-    run = SimpleNamespace(model=model, out=tmp_path, history=[], optimizer=torch.optim.SGD(model.parameters(), 0.1))
-    if refused:
-        with pytest.raises(RuntimeError, match="epoch 1, step 8, learning rate 0.1; last good checkpoint: none yet"):
-            train.refuse_nonfinite(run, torch.tensor(loss), 7)
-    else:
-        train.refuse_nonfinite(run, torch.tensor(loss), 7)
-
-
-@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2.00 GiB",
-                                     "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"])
-def test_out_of_memory_suggests_half_the_batch(shell, tmp_path, monkeypatch, message):
-    monkeypatch.setattr(train, "train_step", lambda *arguments: (_ for _ in ()).throw(RuntimeError(message)))
-    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--epochs", 1)
-    assert code == 1 and line == "out of memory with --batch-size 32; try 16"
-
-
-@pytest.mark.parametrize("name", ["last.pt.partial", "history.csv.partial"])
-def test_disk_that_fills_up_while_training(shell, tmp_path, monkeypatch, name):
-    """The second save finds the disk full; the checkpoint of the first is whole."""
-    real = train.save
-
-    def save(run):
-        if len(run.history) == 2:
-            (run.out / name).unlink(missing_ok=True)
-            (run.out / name).symlink_to("/dev/full")
-        real(run)
-    monkeypatch.setattr(train, "save", save)
-    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--epochs", 2)
-    assert code == 1, "the run failed: its flags were right"
-    assert name.removesuffix(".partial") in line and "No space left on device" in line
-    assert len(checkpoint.read(tmp_path / "run" / "last.pt")["history"]) == 1
-    assert not list((tmp_path / "run").glob("*.partial"))
-
-
 # ---- torchvision that does not fit
 
 MISFIT = "operator torchvision::nms does not exist"
@@ -362,41 +198,10 @@ def test_absent_torchvision_matters_only_where_it_is_used(shell, tmp_path, monke
     monkeypatch.setitem(sys.modules, "torchvision", None)
     code, line = shell("train.py", "--data", tmp_path / "data", "--out", tmp_path / "run")
     assert code == 1 and "torchvision" in line and "pip install" in line
-    assert start(tmp_path / "run", "--epochs", 1) is not None
+    assert start_training(tmp_path / "run", "--epochs", 1) is not None
 
 
 # ---- the way out
-
-def test_second_ctrl_c_cannot_spoil_the_way_out(shell, monkeypatch):
-    real = commandline.report
-
-    def press_again(problem, code):
-        os.kill(os.getpid(), signal.SIGINT)
-        return real(problem, code)
-    monkeypatch.setattr(commandline, "report", press_again)
-
-    def interrupted(argv):
-        os.kill(os.getpid(), signal.SIGINT)
-        pytest.fail("it went on")
-    assert shell(interrupted) == (130, "interrupted")
-
-
-def test_second_ctrl_c_after_one_during_a_save(shell, monkeypatch, tmp_path):
-    real = commandline.report
-
-    def press_again(problem, code):
-        os.kill(os.getpid(), signal.SIGINT)
-        return real(problem, code)
-    monkeypatch.setattr(commandline, "report", press_again)
-
-    def saving(argv):
-        with checkpoint.uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            (tmp_path / "saved").touch()
-        pytest.fail("it went on")
-    assert shell(saving) == (130, "interrupted")
-    assert (tmp_path / "saved").exists()
-
 
 def test_nothing_to_resume_from_the_shell(tmp_path):
     code, line = run_script("train_pruning.py", "--resume", "--out", tmp_path / "run")

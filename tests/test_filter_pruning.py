@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import run_in_parts, same
+from sample_runs import run_in_parts, same
 from torch import nn
 
 import checkpoint

@@ -3,9 +3,9 @@ import os
 
 import pytest
 import torch
-from conftest import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_runs import same
 from samples import small_network
 from torch import nn
 

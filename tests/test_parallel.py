@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, Stop, same, stop_after_a_save
+from conftest import ROOT
+from sample_runs import Stop, same, stop_after_a_save
 
 import checkpoint
 import commandline

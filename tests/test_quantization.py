@@ -4,9 +4,9 @@ import shlex
 
 import pytest
 import torch
-from conftest import run_in_parts, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_runs import run_in_parts, same
 from torch import nn
 
 import checkpoint

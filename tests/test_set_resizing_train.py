@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_in_parts, same
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_runs import run_in_parts, same
 from torchvision.transforms import v2
 
 import checkpoint

@@ -3,11 +3,13 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from sample_runs import run_script
 
 import checkpoint
 import commandline
@@ -112,6 +114,32 @@ def test_two_or_no_active_lines_are_refused_with_the_group_and_its_choices(scrip
         assert all(repr(choice) in str(error.value) for choice in choices)
         with pytest.raises(ValueError, match=f"{count} active {group}"):
             load_script(edited, monkeypatch).main([*SHORT, "--dry-run"])
+
+
+def edited(tmp_path, script, *changes):
+    """A copy of the scripts in which `script` has its lines changed: (old, new), each of which must be there."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    text = (tmp_path / script).read_text()
+    for old, new in changes:
+        assert re.search(old, text, re.MULTILINE), old
+        text = re.sub(old, new, text, count=1, flags=re.MULTILINE)
+    (tmp_path / script).write_text(text)
+    return tmp_path / script
+
+
+def test_a_line_commented_without_a_space_is_still_a_choice(tmp_path):
+    """As many editors comment a line."""
+    script = edited(tmp_path, "train.py", ("^MIXING = ", "#MIXING = "), ("^# MIXING = ", "#MIXING = "))
+    with pytest.raises(ValueError, match="train.py has 0 active MIXING lines.*'cutmix', 'mixup', 'none'"):
+        commandline.read_lines(script)
+
+
+def test_two_active_lines_from_the_shell(tmp_path):
+    script = edited(tmp_path, "train_pruning.py", ("^# GROUPS = 1 ", "GROUPS = 1 "))
+    code, line = run_script(script.name, *SHORT, "--out", tmp_path / "run", folder=tmp_path)
+    assert code == 2 and "2 active GROUPS lines" in line and "8, 4, 1" in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("main", [train.main, train_pruning.main])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import same
+from sample_runs import same
 from torch import nn
 
 import checkpoint

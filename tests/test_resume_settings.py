@@ -1,0 +1,113 @@
+"""Which runs do not go on, and which settings may change when one does."""
+import os
+import shutil
+
+import pytest
+from sample_runs import EPOCHS, ROUNDS, folder_after, history_of, resume, start_rounds
+
+import checkpoint
+import commandline
+import experiment
+import train
+import train_pruning
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_resume_where_there_is_nothing_makes_nothing(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*nothing/last.pt"):
+        resume(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*empty/last.pt"):
+        resume(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="last.pt"):
+        train_pruning.main(["--resume"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty"]
+
+
+def test_resume_without_a_folder_takes_the_newest(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for number, name in enumerate(("a", "c", "b")):
+        out = folder_after(finished, 1, tmp_path / "runs" / name)
+        os.utime(out / "last.pt", (1000 + number, 1000 + number))
+    assert start_rounds("--resume", "--dry-run") is None
+    assert "writes runs/b" in capsys.readouterr().out
+
+
+def test_folder_of_another_run_is_refused(finished):
+    before = {path.name: path.read_bytes() for path in finished.out.iterdir()}
+    with pytest.raises(ValueError, match="holds another run; --resume continues it, another --out"):
+        train_pruning.main([*ROUNDS, "--out", str(finished.out)])
+    assert {path.name: path.read_bytes() for path in finished.out.iterdir()} == before
+
+
+def test_another_script_does_not_resume_it(finished, tmp_path):
+    out = folder_after(finished, 2, tmp_path / "run")
+    with pytest.raises(ValueError, match="is a run of train_pruning.py"):
+        train.main(["--resume", "--out", str(out)])
+    assert sorted(os.listdir(out)) == ["last.pt", "previous.pt"]
+
+
+def test_other_settings_are_listed_and_refused(finished, tmp_path):
+    out = folder_after(finished, 2, tmp_path / "run")
+    with pytest.raises(ValueError) as problem:
+        resume(out, "--lr", "0.2", "--groups", "4", "--epochs", "2", "1", "3", "--batch-size", "32")
+    message = str(problem.value)
+    for told in ("lr: 0.15 then, 0.2 now", "groups: 8 then, 4 now", "epochs: [2, 1, 2] then, [2, 1, 3] now",
+                 "--force", str(out)):
+        assert told in message
+    assert "batch_size" not in message and "seed" not in message
+    assert sorted(os.listdir(out)) == ["last.pt", "previous.pt"]
+
+
+def test_another_technique_line_is_listed_unless_a_flag_overrides_it(finished):
+    state = finished.states[0]
+    lines = {**state["settings"]["lines"], "mixing": "none"}
+    with pytest.raises(ValueError, match=r"\(mixing: cutmix then, none now\)"):
+        commandline.settings_to_resume(state, lines, {"resume": True, "out": "a"})
+    forced = commandline.settings_to_resume(state, lines, {"resume": True, "out": "a", "force": True})
+    assert (forced["mixing"], forced["out"], forced["seed"]) == ("none", "a", 3)
+    kept = commandline.settings_to_resume(state, lines, {"resume": True, "out": "a", "mixing": "cutmix"})
+    assert kept["mixing"] == "cutmix"
+
+
+def test_force_accepts_other_settings_and_they_take_effect(finished, tmp_path):
+    out = folder_after(finished, 4, tmp_path / "run")
+    run = start_rounds("--resume", "--out", out, "--force", "--lr", 0.3, "--weight-decay", 0.01, "--momentum", 0.5)
+    assert (run.settings["lr"], run.settings["weight_decay"], run.settings["seed"]) == (0.3, 0.01, 3)
+    assert (run.round, run.epoch, len(run.history)) == (2, 1, 4)
+    group = run.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["momentum"]) == (0.01, 0.5)
+    run.schedule.step()
+    assert group["lr"] == pytest.approx(0.3 * experiment.one_cycle(4 / 6)), "4 of the round's 6 steps are done"
+
+
+@pytest.mark.parametrize("flags", [("--averaging", "none"), ("--schedule", "plateau"), ("--schedule", "cosine")])
+def test_force_of_another_technique_trains_on(finished, tmp_path, flags):
+    out = folder_after(finished, 4, tmp_path / "run")
+    resume(out, "--force", *flags)
+    assert checkpoint.read(out / "model.pt")["weights"].keys() == finished.states[3]["weights"].keys()
+    assert len(history_of(out)) == EPOCHS
+
+
+def test_force_of_averaging_where_there_was_none(finished, tmp_path):
+    out = folder_after(finished, 4, tmp_path / "run")
+    state = {**finished.states[3], "average": None}
+    state["settings"] = {**state["settings"], "averaging": "none"}
+    checkpoint.save(out / "last.pt", state)
+    assert start_rounds("--resume", "--out", out, "--force", "--averaging", "ema").average is not None
+
+
+def test_force_of_another_network_names_the_tensors(finished, tmp_path):
+    out = folder_after(finished, 2, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"layer1.0.conv1.weight is 64x8x3x3 in the file, 64x16x3x3 in the network"):
+        resume(out, "--force", "--groups", "4")
+
+
+def test_resume_from_a_file_of_weights_alone_is_refused(finished, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished.out / "model.pt", tmp_path / "run" / "last.pt")
+    with pytest.raises(ValueError, match="last.pt"):
+        resume(tmp_path / "run")
