@@ -1,7 +1,7 @@
 # make demo   environment, then the whole job on a data set that needs no download
 # make test   environment, then all tests
 # make train  the full job on CIFAR-10: 100 + 25 + 125 epochs
-# make headline  every number of the full protocol, five seeds and a dense network beside it: for a GPU
+# make headline  what bounds training, its speed, the full protocol of five seeds and a dense network: for a GPU
 # make lint   ruff
 
 PYTHON ?= python3
@@ -24,6 +24,8 @@ train: $(VENV)/ready
 	$(RUN) train_pruning.py
 
 headline: $(VENV)/ready
+	$(RUN) training_profile.py --json results/headline_profile.json
+	$(RUN) benchmark.py training --images 20000 --convolutions grouped --json results/headline_speed.json
 	$(RUN) study.py studies/headline.json
 
 lint: $(VENV)/ready

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
+    {"training_profile"},
     {"train", "train_pruning", "test", "profil", "benchmark", "export", "predict", "report",
      "study", "deployment"},
     {"experiment"},
