@@ -293,8 +293,10 @@ def layer_like(layer, width, weight=None):
     elif isinstance(layer, nn.Linear):
         fresh = nn.Linear(*width, bias=layer.bias is not None)
     else:
-        fresh = nn.BatchNorm2d(*width)
+        fresh = nn.BatchNorm2d(*width, layer.eps, layer.momentum)
     fresh = fresh.to(layer.weight.device, layer.weight.dtype).train(layer.training)
+    for own, given in zip(fresh.parameters(), layer.parameters(), strict=False):
+        own.requires_grad_(given.requires_grad)
     return layer.like(fresh) if hasattr(layer, "like") else fresh      # of few bits: quantization.QuantizedConv2d
 
 

@@ -249,11 +249,14 @@ class Batches:
     Yields images (B, C, H, W) float, normalised, and labels (B,) int64.
     With `generator` (on the same device) an epoch is shuffled, each sample is
     cropped at its own place (reflect pad of 4) and, where `kind.flip`, mirrored
-    with probability 1/2, and an incomplete last batch is dropped. Without, all
-    images come in order, as they are.
+    with probability 1/2, and an incomplete last batch is dropped. With `alternating`
+    each image is mirrored in every second `epoch`, beginning by its own draw (Jordan
+    2024, arXiv:2404.00498, section 3.6). Without a generator, all images come in
+    order, as they are.
     """
 
-    def __init__(self, images, labels, batch_size, kind, device="cpu", generator=None, pad=4, chosen=None):
+    def __init__(self, images, labels, batch_size, kind, device="cpu", generator=None, pad=4, chosen=None,
+                 alternating=False):
         count = len(images) if chosen is None else len(chosen)
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}; at least 1 is needed")
@@ -266,6 +269,11 @@ class Batches:
         self.shift = torch.tensor([mean / std for mean, std in zip(kind.mean, kind.std, strict=True)],
                                   device=device).view(-1, 1, 1)
         self.batch_size, self.pad, self.flip, self.generator = batch_size, pad, kind.flip, generator
+        self.epoch = 0
+        self.sides = None
+        if alternating and generator is not None:
+            own = torch.Generator(device).manual_seed(generator.initial_seed())
+            self.sides = torch.randint(2, (len(images), 1), generator=own, device=device)
 
     def __len__(self):
         whole, rest = divmod(len(self.chosen), self.batch_size)
@@ -293,7 +301,8 @@ class Batches:
         columns = torch.arange(width, device=device) + draw(2 * self.pad + 1) - self.pad
         rows, columns = reflect(rows, height), reflect(columns, width)
         if self.flip:
-            columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+            mirrored = draw(2) if self.sides is None else (self.sides[indices] + self.epoch) % 2
+            columns = torch.where(mirrored == 1, columns.flip(1), columns)
         return self.images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 

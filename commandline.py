@@ -27,6 +27,8 @@ BOUNDS = {"pad": (0, 16), "batch_size": (1, math.inf), "limit": (2, math.inf), "
           "prune_frequency": (1, math.inf), "filter_threshold": (0, math.inf), "filter_interval": (1, math.inf),
           "morph_strength": (0, math.inf), "morph_threshold": (0, math.inf), "morph_budget": (1e-6, math.inf),
           "morph_round_to": (1, math.inf), "filter_stop": (0, 1), "stop_loss": (0, math.inf), "seed": (0, 2**63 - 1),
+          "bias_lr": (1e-6, math.inf), "muon_lr": (1e-12, math.inf), "muon_momentum": (0, 1),
+          "muon_decay": (0, math.inf), "peak": (0, 0.99),
           "weight_bits": (1, 8), "activation_bits": (1, 8), "resize_until": (0, 1)}
 
 
@@ -75,6 +77,13 @@ def training_parser(description, choices, datasets):
         parser.add_argument("--" + name, type=int, help=what)
     for name in ("lr", "momentum", "weight-decay", "label-smoothing", "mix-probability", "mix-alpha", "ema-decay"):
         parser.add_argument("--" + name, type=float)
+    for name, what in (("bias-lr", "learning rate of biases, as a multiple of --lr (1)"),
+                       ("muon-lr", "of the filters (0.02)"), ("muon-momentum", "of the filters (0.9)"),
+                       ("muon-decay", "weight decay of the filters, times their rate (0.1)"),
+                       ("peak", "share of a round at which the rate is highest (0.25 of one-cycle, 0.05 of cosine)")):
+        parser.add_argument("--" + name, type=float, help=what)
+    parser.add_argument("--keep-norm", action=argparse.BooleanOptionalAction,
+                        help="Muon: each filter bank keeps one norm, in place of weight decay (no)")
     parser.add_argument("--mix-per-sample", action="store_true", help="each image is mixed with its own draw")
     parser.add_argument("--recalibrate", action="store_true",
                         help="recompute batch norm's statistics on training images after pruning and each round")

@@ -30,6 +30,7 @@ import parallel
 import pruning
 import quantization
 from networks import architecture_of, begin_bits, build, load_start, load_teacher
+from set_optimizer_train import make_optimizer, parameter_groups
 from set_pruning_train import start_search
 from set_quantization_train import after_step, evaluation_weights
 from set_resizing_train import check_resize, share_of_work
@@ -152,6 +153,8 @@ def prepare(settings, state):
     start_from = settings["start"] or settings["cycle_settings"].get("input_model_path")
     if state is None and start_from:
         load_start(model, architecture, start_from)
+    elif state is None and hasattr(model, "whiten"):
+        model.whiten(torch.cat([images for images, _ in calibration]))
     check_resize(model, (kind.shape[2], *kind.shape[:2]), settings["resize"])
     if "bits" in architecture:
         begin_bits(model, architecture["bits"], calibration if state is None else None)
@@ -180,7 +183,7 @@ def make_batches(data, kind, settings, device, generator):
                                              limit=settings["limit"])
         return shuffled, plain, calibration
     return (cifar10.Batches(data.x_train, data.y_train, settings["batch_size"], kind, device, generator,
-                            settings["pad"], train),
+                            settings["pad"], train, settings["flips"] == "alternating"),
             cifar10.Batches(data.x_train, data.y_train, 500, kind, device, chosen=validation), calibration)
 
 
@@ -252,13 +255,14 @@ def write_config(run):
 def begin_round(run):
     """A fresh optimizer, schedule and weight average for the round that `run` stands at."""
     settings, steps = run.settings, run.settings["epochs"][run.round] * len(run.train)
-    run.optimizer = torch.optim.SGD(quantization.parameter_groups(run.model), settings["lr"], settings["momentum"],
-                                    weight_decay=settings["weight_decay"], nesterov=settings["nesterov"])
+    run.optimizer = make_optimizer(run.model, settings)
     if settings["schedule"] == "plateau":
         run.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer)
     else:
         shape = one_cycle if settings["schedule"] == "one-cycle" else warm_cosine
-        run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: shape(step / steps))
+        peak = [] if settings["peak"] is None else [settings["peak"]]
+        run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer,
+                                                         lambda step: shape(step / steps, *peak))
     height, width, channels = cifar10.KINDS[settings["dataset"]].shape
     run.search = start_search(settings, run.round, run.model, (channels, height, width))
     after_step(run.model, settings["weights"], settings["binary_scale"])      # binary training starts within [-H, H]
@@ -282,12 +286,14 @@ def average_pairs(average, model):
 
 def one_cycle(progress, peak=0.25):
     """Share of the largest learning rate after `progress` in [0, 1] of a round: up to `peak`, down to zero, linear."""
-    return min((progress + 1e-3) / peak, (1 - progress) / (1 - peak), 1.0)
+    rising = (progress + 1e-3) / peak if peak else 1.0
+    return min(rising, (1 - progress) / (1 - peak), 1.0)
 
 
-def warm_cosine(progress, warm=0.05):
-    """The same for a linear warm-up followed by half a cosine."""
-    return min((progress + 1e-3) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress - warm) / (1 - warm)))
+def warm_cosine(progress, peak=0.05):
+    """The same for a linear warm-up, to `peak`, followed by half a cosine."""
+    rising = (progress + 1e-3) / peak if peak else 1.0
+    return min(rising, 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress - peak) / (1 - peak)))
 
 
 def autocast(device, dtype):
@@ -327,12 +333,13 @@ def restore(run, state):
 def force_settings(run, before):
     """Give a restored optimizer and schedule the settings that --force accepted in place of those `before`."""
     settings = run.settings
-    for group, own in zip(run.optimizer.param_groups, quantization.parameter_groups(run.model), strict=True):
-        group["lr"] *= settings["lr"] / before["lr"]
-        group["initial_lr"] = settings["lr"]
-        group |= {name: own.get(name, settings[name]) for name in ("momentum", "weight_decay", "nesterov")}
+    groups = parameter_groups(run.model, settings)
+    for group, own in zip(run.optimizer.param_groups, groups, strict=True):
+        group["lr"] *= own["lr"] / group.get("initial_lr", before["lr"])
+        group |= {name: value for name, value in own.items() if name not in ("params", "lr")}
+        group["initial_lr"] = own["lr"]
     if hasattr(run.schedule, "base_lrs"):
-        run.schedule.base_lrs = [settings["lr"]] * len(run.optimizer.param_groups)
+        run.schedule.base_lrs = [own["lr"] for own in groups]
 
 
 def save(run):

@@ -4,9 +4,10 @@
     model = build("resnet56", shortcut="A")      # 853,018 parameters, 125,485,696 MACs at 32x32
     model = build("lenet5", in_channels=1, size=28, activation="tanh", pooling="average")
 
-`NETWORKS` names them; any wrn-d-k of 6 n + 4 layers is built too, and any ResNet of
-6 n + 2 layers with the widths of its stages, as resnet20-12-28-64. `arguments_of`
-says which arguments a network has; another one is refused, not ignored.
+`NETWORKS` names them; any wrn-d-k of 6 n + 4 layers is built too, any ResNet of
+6 n + 2 layers with the widths of its stages, as resnet20-12-28-64, and the networks of
+vgg.py. `arguments_of` says which arguments a network has; another one is refused, not
+ignored.
 
 Every network has `channels()`: which layers make, normalise and read each set of
 channels that can be removed together (`resnet_factorized.space`). Layers that were
@@ -17,6 +18,7 @@ import re
 import torch.nn.functional as F
 from torch import nn
 
+import vgg
 from resnet_factorized import add, convolution, initialise, space
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU,
@@ -332,10 +334,11 @@ def residual(name):
 
 def arguments_of(name):
     """The arguments of `build` that a network has beside num_classes and in_channels; ValueError for unknown names."""
-    if name not in NETWORKS and not wide(name) and not residual(name):
+    if name not in NETWORKS and not wide(name) and not residual(name) and not vgg.family(name):
         raise ValueError(f"no network is called {name!r}; choose from {', '.join(NETWORKS)}, "
-                         "wrn-d-k with d = 10, 16, 22, ... layers, k times as wide, or resnetd-a-b-c with d = 8, 14, "
-                         "20, ... layers, their widths a <= b <= c by stage")
+                         "wrn-d-k with d = 10, 16, 22, ... layers, k times as wide, resnetd-a-b-c with d = 8, 14, "
+                         "20, ... layers, their widths a <= b <= c by stage, or vgg6-a-b-c and vgg9-a-b-c, which pool "
+                         "early")
     return NETWORKS.get(name, ("activation", "shortcut") if residual(name) else ("activation",))
 
 
@@ -360,4 +363,6 @@ def build(name, num_classes=10, in_channels=3, size=32, activation="relu", pooli
         return Plain(*PLAIN[name], **chosen)
     if name == "mobilenet":
         return MobileNet(**chosen)
+    if vgg.family(name):
+        return vgg.build(name, **{**chosen, "activation": ACTIVATIONS[activation]()})
     return WideResNet(*wide(name), **chosen) if wide(name) else ResNet(*residual(name), **chosen)

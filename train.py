@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import cifar10
 import commandline
 import compiling
+import operations
 import parallel
 import pruning
 from experiment import autocast, begin_round, finish, newest, pair_average, resumable, save, start
@@ -52,11 +54,15 @@ WEIGHTS = "float"
 # WEIGHTS = "binary"          # -H or +H, by sign, arXiv:1511.00363
 # WEIGHTS = "binary-stochastic"  # -H or +H, drawn
 # WEIGHTS = "lsq"             # few bits, of activations too; their steps are learned, arXiv:1902.08153
+OPTIMIZER = "sgd"             # one rate for all weights
+# OPTIMIZER = "muon"          # filters move by orthogonal matrices, kellerjordan.github.io/posts/muon
 SCHEDULE = "one-cycle"        # up for a quarter, down to zero, arXiv:1708.07120
 # SCHEDULE = "cosine"         # short warm-up, then half a cosine, arXiv:1608.03983
 # SCHEDULE = "plateau"        # a tenth when the validation loss stalls
 AVERAGING = "ema"             # exponential moving average of the weights
 # AVERAGING = "none"
+FLIPS = "random"              # an image is mirrored by a draw
+# FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
 
 DEFAULTS = {
     "dataset": "cifar10", "data": "data", "epochs": [30], "sparsity": [],
@@ -67,6 +73,7 @@ DEFAULTS = {
     "morph_cost": "macs", "morph_strength": 0.1, "morph_threshold": 0.01, "morph_budget": 0.5, "morph_round_to": 1,
     "morph_device": None, "teacher": None, "temperature": 4.0, "distillation_weight": 0.9,
     "batch_size": 64, "lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
+    "bias_lr": 1.0, "muon_lr": 0.02, "muon_momentum": 0.9, "muon_decay": 0.1, "keep_norm": False, "peak": None,
     "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "mix_per_sample": False,
     "ema_decay": 0.998, "pad": 4, "binary_scale": "glorot", "weight_bits": 2, "activation_bits": 4,
     "layer_bits": [], "activation": "relu", "pooling": "max", "shortcut": "B",
@@ -78,7 +85,7 @@ RECIPES = {"published": {    # the run that this project started from; measure()
     "shuffle": False, "mixing": "cutmix", "mix_probability": 1.0, "schedule": "plateau", "averaging": "none",
     "batch_size": 32, "lr": 0.01, "momentum": 0.5, "nesterov": False, "weight_decay": 1e-5,
     "label_smoothing": 0.0, "weights": "float", "compile": "off", "arithmetic": "float32",
-    "convolutions": "grouped",
+    "convolutions": "grouped", "optimizer": "sgd", "flips": "random",
 }}
 READ_EVERY = 50      # steps on CUDA, from one look at whether all were finite to the next
 MIXINGS = {"cutmix": cutmix, "mixup": mixup}
@@ -117,6 +124,7 @@ def fit(run):
 def run_epoch(run, bar):
     """One epoch: train, validate, record, save. Returns the row of history.csv."""
     begun, rate = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
+    run.train.epoch, pflop = len(run.history), pflop_of_epoch(run)
     loss, accuracy = train_epoch(run, bar)
     trained = time.perf_counter() - begun
     if run.settings["pruning"] == "filters":
@@ -137,6 +145,7 @@ def run_epoch(run, bar):
            "validation_loss": round(validation_loss, 4), "validation_accuracy": round(validation_accuracy, 2),
            "sparsity": round(pruning.sparsity_of(run.model), 5),
            "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+           "pflop": round(pflop + (run.history[-1].get("pflop", 0.0) if run.history else 0.0), 6),
            "images_per_second": round(len(run.train) * run.settings["batch_size"] / trained, 1),
            "seconds": round(time.perf_counter() - begun, 1)}
     with checkpoint.uninterrupted():      # what is counted as done is on disk
@@ -215,6 +224,20 @@ def train_step(run, images, labels, step):
 def progress_of(run, step):
     """Share of the round that is over before step `step` of its current epoch."""
     return (run.epoch + step / len(run.train)) / run.settings["epochs"][run.round]
+
+
+def pflop_of_epoch(run):
+    """PFLOP of the training steps of the epoch that `run` stands before, the teacher's passes counted in."""
+    settings, counted, spent = run.settings, {}, 0.0
+    height, width, channels = cifar10.KINDS[settings["dataset"]].shape
+    teacher = 0 if run.teacher is None else operations.macs_of(run.teacher, (channels, height, width))
+    for step in range(len(run.train)):
+        side = side_of(progress_of(run, step), width, settings["resize"], settings["resize_until"])
+        if side not in counted:
+            shape = (channels, height, width) if side == width else (channels, side, side)
+            counted[side] = operations.macs_of(run.model, shape)
+        spent += operations.step_pflop(counted[side], settings["batch_size"], teacher)
+    return spent
 
 
 def networks_of(run):

@@ -1,0 +1,127 @@
+"""Optimizers: SGD for every weight, or Muon for filters and SGD for what is left.
+
+    optimizer = make_optimizer(model, settings)
+
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes the momentum of each
+matrix orthogonal before the step, by Newton-Schulz iterations, so that all of its
+directions move alike. A filter bank is a matrix of outputs x (inputs x kernel), and each
+group of a grouped convolution is one of its own. Batch norm, biases, depthwise filters
+and the classifier stay with SGD, which biases may follow faster (--bias-lr).
+"""
+import torch
+from torch import nn
+
+import quantization
+import shrinking
+
+COEFFICIENTS = 3.4445, -4.7750, 2.0315      # of the quintic iteration; singular values end between 0.7 and 1.2
+ITERATIONS = 5
+
+
+def make_optimizer(model, settings):
+    """What the line OPTIMIZER asks for: torch.optim.SGD or `Muon`, with the rates of `settings`."""
+    groups = parameter_groups(model, settings)
+    if settings["optimizer"] == "muon":
+        return Muon(groups)
+    return torch.optim.SGD(groups, settings["lr"], settings["momentum"], nesterov=settings["nesterov"])
+
+
+def parameter_groups(model, settings):
+    """The groups of an optimizer, each with its own lr, momentum, weight decay.
+
+    With Muon the filters come first; `blocks` says how many matrices each of them is. Biases have a group of their
+    own where --bias-lr is not 1, and so have the steps of few bits, which no weight decay pulls at.
+    """
+    filters = filters_of(model) if settings["optimizer"] == "muon" else {}
+    steps, biases, others = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-1] in quantization.STEPS:
+            steps.append(parameter)
+        elif name not in filters:
+            (biases if name.endswith("bias") and settings["bias_lr"] != 1 else others).append(parameter)
+    rates = {"momentum": settings["momentum"], "nesterov": settings["nesterov"], "lr": settings["lr"],
+             "weight_decay": settings["weight_decay"]}
+    groups = [{"params": others, **rates},
+              {"params": biases, **rates, "lr": settings["lr"] * settings["bias_lr"],
+               "weight_decay": settings["weight_decay"] / settings["bias_lr"]},
+              {"params": steps, **rates, "weight_decay": 0.0}]
+    if filters:
+        groups.insert(0, {"params": [weight for weight, _ in filters.values()],
+                          "blocks": [count for _, count in filters.values()],
+                          "lr": settings["muon_lr"], "momentum": settings["muon_momentum"],
+                          "weight_decay": settings["muon_decay"], "keep_norm": settings["keep_norm"]})
+    return [group for group in groups if group["params"]]
+
+
+def filters_of(model):
+    """{name: (weight, matrices it holds)} of what Muon moves: convolutions that are not depthwise, hidden layers."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    last = next((name for name in reversed(layers) if isinstance(layers[name], nn.Linear)), None)
+    return {f"{name}.weight": (layer.weight, getattr(layer, "groups", 1)) for name, layer in layers.items()
+            if name != last and not shrinking.is_depthwise(layer) and layer.weight.requires_grad}
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the groups that have `blocks`, SGD for the others, as torch.optim.Muon and torch.optim.SGD have them.
+
+    With keep_norm each filter bank is scaled to a norm of sqrt(outputs) before the
+    step, as airbench does: lr is then the share by which a step turns it, and decay
+    has nothing to do. Batch norm behind it does not notice the scale.
+    """
+
+    def __init__(self, groups):
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients; a parameter without one stays. Closures are not supported."""
+        for group in self.param_groups:
+            moved = [weight for weight in group["params"] if weight.grad is not None]
+            for weight in moved:
+                if not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            if "blocks" not in group:
+                self.follow(moved, group)
+                continue
+            for weight, blocks in zip(group["params"], group["blocks"], strict=True):
+                if weight.grad is not None:
+                    self.turn(weight, blocks, group)
+
+    def turn(self, weight, blocks, group):
+        """Muon's update of one filter bank."""
+        held = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+        direction = weight.grad.lerp(held, group["momentum"])
+        matrices = direction.reshape(blocks, len(weight) // blocks, -1)
+        rows, columns = matrices.shape[1:]
+        update = orthogonal(matrices).reshape(weight.shape).to(weight.dtype)
+        if group["keep_norm"]:
+            weight.mul_(len(weight) ** 0.5 / weight.norm().clamp_min(1e-7))
+        else:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def follow(self, weights, group):
+        """SGD's update of some tensors of a group."""
+        if not weights:
+            return
+        gradients = [weight.grad for weight in weights]
+        if group["weight_decay"]:
+            gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+        buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, gradients)
+        gradients = torch._foreach_add(gradients, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
+        torch._foreach_add_(weights, gradients, alpha=-group["lr"])
+
+
+def orthogonal(matrices):
+    """(B, R, C) matrices, each replaced by about the nearest orthogonal one, in bfloat16; zeros stay zeros."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    turned = matrices.bfloat16()
+    turned = turned.mT if tall else turned
+    turned = turned / turned.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(ITERATIONS):
+        gram = turned @ turned.mT
+        turned = torch.baddbmm(turned, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), turned, beta=a)
+    return turned.mT if tall else turned
