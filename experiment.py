@@ -380,7 +380,7 @@ def resumable(run, ends=True):
     try:
         yield
     except BaseException as problem:
-        ends = True
+        folders.let_go(run.out)
         if run.made is not None:
             folders.give_back(run.out, run.made)
         if not isinstance(problem, KeyboardInterrupt):

@@ -45,6 +45,8 @@ def take(out):
         hold(out)
         os.close(os.open(out / "config.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as problem:
+        let_go(out)
+        remove_empty(made)
         if (out / "config.json").exists():
             raise ValueError(f"{out} holds another run, which has just begun; choose another --out") from None
         raise OSError(f"cannot write in {out}: {problem.strerror}; choose another folder") from None
@@ -54,7 +56,12 @@ def take(out):
 def give_back(out, made):
     """Undo `take` where the run has written nothing but its config.json."""
     (Path(out) / "config.json").unlink(missing_ok=True)
-    for folder in made:
+    remove_empty(made)
+
+
+def remove_empty(folders):
+    """Remove folders, innermost first, up to one that is not empty."""
+    for folder in folders:
         try:
             folder.rmdir()
         except OSError:                   # somebody else has put something there
