@@ -62,7 +62,12 @@ def load_network(path, device="cpu"):
     the network in integers. Its `dataset` is filled in.
     """
     path = checkpoint.find(path)
-    state = read_network(path)
+    return network_of(path, read_network(path), device)
+
+
+def network_of(path, state, device):
+    """`load_network` of a file's dictionary."""
+    state["dataset"] = state["dataset"] or "cifar10"
     if state.get("average"):
         state["weights"] = state["average"]
     model = build(**state["architecture"])
@@ -74,11 +79,11 @@ def load_network(path, device="cpu"):
 
 
 def read_network(path):
-    """The dictionary of a checkpoint that holds a network, its `dataset` filled in; ValueError for another."""
+    """A checkpoint's dictionary, its `dataset` None where it names none; ValueError for one that holds no network."""
     state = checkpoint.read(path)
     if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("weights"), dict):
         raise ValueError(f"{path} holds no network: architecture or weights are missing")
-    state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
+    state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset")
     return state
 
 
@@ -87,9 +92,10 @@ def load_teacher(path, dataset, device, force=False):
 
     force: it may be of another data set, of images and a number of classes like those of `dataset`.
     """
-    teacher, state = load_network(path, device)
+    state = read_network(path)
     refuse_misfit(f"the teacher in {path}", state["architecture"], dataset)
     refuse_stranger(f"the teacher in {path}", state["dataset"], dataset, force)
+    teacher, _ = network_of(path, state, device)
     try:
         teacher(torch.zeros(1, *image_shape(dataset), device=device))
     except (RuntimeError, ValueError) as problem:
@@ -136,8 +142,8 @@ def refuse_misfit(what, architecture, dataset):
 
 
 def refuse_stranger(what, theirs, dataset, force):
-    """ValueError where a network was trained on another data set, unless that is forced."""
-    if theirs != dataset and not force:
+    """ValueError where a network was trained on another data set, unless that is forced; theirs: None where unknown."""
+    if theirs not in (None, dataset) and not force:
         raise ValueError(f"{what} was trained on {theirs}, and this run is on {dataset}; --force takes it all the same")
 
 
