@@ -12,6 +12,7 @@ import io
 import json
 import os
 import signal
+import sys
 import threading
 import zipfile
 import zlib
@@ -117,6 +118,22 @@ def remove_partial(folder):
 
 
 # ---- reading
+
+def find(path):
+    """The file that `path` means: itself, or of a run's folder its model.pt, which a note on stderr names.
+
+    FileNotFoundError for a folder without one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = path / "model.pt"
+    if not found.is_file():
+        way = f"{path}/last.pt holds an unfinished run" if (path / "last.pt").is_file() else "name a checkpoint"
+        raise FileNotFoundError(f"there is no checkpoint at {found}, and {path} is a folder; {way}")
+    print(f"note: {path} is a folder; its {found.name} is read: {found}", file=sys.stderr)
+    return found
+
 
 def read(path):
     """The dictionary in a checkpoint, tensors on the CPU; plain or compressed, masks and halves as they are.

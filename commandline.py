@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 FREE = {"data", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
+FIXED = ("seed", "start", "cycle", "recipe", "optimizer", "bias_lr")       # not even --force changes them afterwards
+BEFORE = {"optimizer": "sgd", "flips": "random", "bias_lr": 1.0}       # of runs that are older than these settings
 GRADUAL = ("polynomial", "constant")      # weights pruned while training, by a schedule; otherwise between rounds
 SHRINKING = ("filters", "l1_cycle", "morphnet")       # whole channels leave the network
 BOUNDS = {"pad": (0, 16), "batch_size": (1, math.inf), "limit": (2, math.inf), "lr": (1e-12, math.inf),
@@ -112,7 +114,7 @@ def training_parser(description, choices, datasets):
     parser.add_argument("--start", metavar="CHECKPOINT", help="begin with the weights of this checkpoint")
     parser.add_argument("--out", help="folder of the run (runs/<data set>-<model>-<time>)")
     for name, what in (("resume", "continue the run in --out, or the newest one"),
-                       ("force", "resume although settings differ"),
+                       ("force", "resume although settings differ; take a teacher or --start of another data set"),
                        ("dry-run", "show settings and estimated time, then stop"), ("debug", "show tracebacks")):
         parser.add_argument("--" + name, action="store_true", help=what)
     return parser
@@ -168,17 +170,38 @@ def settings_to_resume(state, lines, given):
 
     Raises ValueError that lists what must not differ, unless --force is given.
     """
-    stored = state["settings"]
+    stored = {**BEFORE, **state["settings"]}
+    held = {**BEFORE, **stored["lines"]}
     changed = {name: (stored.get(name), value) for name, value in given.items()
                if name not in FREE and stored.get(name) != value}
-    changed |= {name: (stored["lines"].get(name), value) for name, value in lines.items()
-                if stored["lines"].get(name) != value and name not in given}
+    changed |= {name: (held.get(name), value) for name, value in lines.items()
+                if held.get(name) != value and name not in given}
+    fixed = [name for name in FIXED if name in changed]
+    if fixed:
+        old, new = changed[fixed[0]]
+        raise ValueError(f"the run in {given['out']} began with {fixed[0]} {old}; --{fixed[0]} {new} comes too late, "
+                         "with --force too: start a new run with another --out")
     if changed and not given.get("force"):
         listed = "; ".join(f"{name}: {old} then, {new} now" for name, (old, new) in changed.items())
         raise ValueError(f"the run in {given['out']} has other settings ({listed}); --force accepts the new ones")
     accepted = {name: new for name, (_, new) in changed.items()}
     free = {name: given[name] for name in FREE if name in given}
-    return {**stored, "dry_run": False, "debug": False, **accepted, **free, "lines": {**stored["lines"], **lines}}
+    return {**stored, "dry_run": False, "debug": False, **accepted, **free, "lines": {**held, **lines}}
+
+
+def check_position(settings, state):
+    """ValueError where a run that goes on has come further than its `settings` let it, or by another way.
+
+    state: round, epoch and settings are those of its checkpoint.
+    """
+    rounds, epochs, before = state["round"], settings["epochs"], state["settings"]
+    for name in ("epochs", "sparsity"):
+        if settings[name][:rounds] != before[name][:rounds]:
+            raise ValueError(f"{name} {settings[name]}: {rounds} rounds with {before[name][:rounds]} are over and "
+                             "cannot change; start a new run with another --out")
+    if len(epochs) <= rounds or epochs[rounds] < state["epoch"]:
+        raise ValueError(f"epochs {epochs}: the run has trained {state['epoch']} in its round {rounds + 1} already; "
+                         "give that round as many or more, or start a new run with another --out")
 
 
 def pick_device(name):

@@ -7,12 +7,18 @@ import torch
 
 
 def draw_beta(alpha, count, generator, device):
-    """(count,) draws of Beta(alpha, alpha) for alpha > 0; float64, since small alphas come close to 0 and 1."""
+    """(count,) draws of Beta(alpha, alpha) for any finite alpha > 0; float64, since small alphas come close to 0 and 1.
+
+    The odds of a share are those of two gamma variables. Gamma(a) is Gamma(a + 1) times U^(1/a), which falls below
+    the smallest float64 where a is small; the logarithm of the odds does not.
+    """
     if alpha == 1:
         return torch.rand(count, generator=generator, device=device)
-    shape = torch.full((2, count), float(alpha), device=device, dtype=torch.float64)
+    shape = torch.full((2, count), float(alpha), device=device, dtype=torch.float64) + 1
     gamma = torch._standard_gamma(shape, generator=generator)      # the sampler beneath torch.distributions.Gamma
-    return gamma[0] / gamma.sum(0)
+    uniform = torch.rand(2, count, generator=generator, device=device, dtype=torch.float64)
+    lower, other = torch.log1p(-uniform)                           # of 1 - u in (0, 1]: finite
+    return ((gamma[0] / gamma[1]).log() + (lower - other) / alpha).sigmoid()
 
 
 def draw_shares(alpha, probability, count, generator, device):

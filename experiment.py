@@ -26,12 +26,15 @@ import cifar10
 import commandline
 import compiling
 import filter_pruning
+import folders
 import parallel
 import pruning
 import quantization
-from networks import architecture_of, begin_bits, build, load_start, load_teacher
-from set_optimizer_train import make_optimizer, parameter_groups
-from set_pruning_train import start_search
+import schedules
+from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
+from schedules import one_cycle, warm_cosine
+from set_optimizer_train import make_optimizer
+from set_pruning_train import check_pruning, start_search
 from set_quantization_train import after_step, evaluation_weights
 from set_resizing_train import check_resize, share_of_work
 
@@ -64,6 +67,7 @@ class Run:
     form: str = None              # of its grouped convolutions, see `compiling.compute_as`
     teacher: torch.nn.Module = None
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
+    made: list = None             # folders made for it, until its first step; None: not to be given back
 
     @property
     def arithmetic(self):
@@ -88,28 +92,43 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
     parser = commandline.training_parser(description, choices, list(cifar10.KINDS))
     more_flags(parser)
     given, state = vars(parser.parse_args(argv)), None
+    given |= {name: str(checkpoint.find(given[name])) for name in ("teacher", "start") if given.get(name)}
     if given.get("resume"):
-        given["out"] = parallel.agreed(str(given.get("out") or newest("last.pt").parent))
-        state = checkpoint.read(Path(given["out"]) / "last.pt")
-        if not {"settings", "optimizer", "schedule", "random"} <= state.keys():
-            raise ValueError(f"{given['out']}/last.pt holds a network alone, not the state of a run: "
-                             "it cannot be resumed")
-        if state["settings"].get("script") != Path(script).name:
-            raise ValueError(f"{given['out']} is a run of {state['settings'].get('script')}; that script resumes it")
+        given["out"], state = state_to_resume(given, Path(script).name)
         settings = {**defaults, **commandline.settings_to_resume(state, lines, given)}
     else:
         recipe = recipes.get(given.get("recipe"), {})
         settings = {**defaults, **lines, **recipe, **given, "lines": lines, "script": Path(script).name}
     settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
+    settings["nesterov"] = settings["nesterov"] and settings["momentum"] > 0       # without momentum there is none
     if state is None:
         settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
         join_rounds(settings, "sparsity" in given)
     commandline.check_settings(settings)
+    if state is not None:
+        commandline.check_position(settings, state)
     parallel.refuse(settings, commandline.SHRINKING)
     run = prepare(settings, state)
-    with resumable(run):
+    with resumable(run, ends=settings["dry_run"]):
         announce(run)
     return None if settings["dry_run"] else run
+
+
+def state_to_resume(given, script):
+    """(folder, what its last.pt holds) of the run that --resume goes on with; no other process may train in it.
+
+    ValueError for a file that holds no run, or one of another script.
+    """
+    out = Path(given.get("out") or newest("last.pt").parent)
+    out = Path(parallel.agreed(str(out.parent if out.name == "last.pt" and out.is_file() else out)))
+    if parallel.leads() and not given.get("dry_run"):
+        folders.hold(out)
+    state = checkpoint.read(out / "last.pt")
+    if not {"settings", "optimizer", "schedule", "random"} <= state.keys():
+        raise ValueError(f"{out}/last.pt holds a network alone, not the state of a run: it cannot be resumed")
+    if state["settings"].get("script") != script:
+        raise ValueError(f"{out} is a run of {state['settings'].get('script')}; that script resumes it")
+    return str(out), state
 
 
 def join_rounds(settings, sparsity_given):
@@ -132,18 +151,21 @@ def newest(name, folder="runs"):
 
 
 def prepare(settings, state):
-    """A `Run` with its data loaded and its network built; folder and data are checked before any training."""
+    """A `Run` with its data loaded and its network built; what can be known before training is checked here.
+
+    Nothing is written, but where a run goes on what a killed save left is removed.
+    """
     name = f"runs/{settings['dataset']}-{settings['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(parallel.agreed(settings["out"] or name))
-    if state is None and parallel.leads() and out.is_dir() and any(out.iterdir()):
-        way = "--resume continues it" if (out / "last.pt").exists() else "it has no checkpoint yet: delete it"
-        raise ValueError(f"{out} holds another run; {way}, another --out starts a new one")
+    if state is None and parallel.leads():
+        folders.refuse_used(out)
     settings["out"] = str(out)
+    folders.check_files(settings, out, state is None)
     architecture, kind = architecture_of(settings), cifar10.KINDS[settings["dataset"]]
     device = parallel.own_device(commandline.pick_device(settings["device"]), settings["device"])
     with parallel.leader_first():
         data = cifar10.load(settings["dataset"], settings["data"])
-    if parallel.leads() and not settings["dry_run"]:
+    if parallel.leads() and state is not None and not settings["dry_run"]:
         cifar10.check_folder(out)
         checkpoint.remove_partial(out)
     torch.manual_seed(settings["seed"])
@@ -152,10 +174,10 @@ def prepare(settings, state):
     model = build(**quantization.without_bits(architecture)).to(device)
     start_from = settings["start"] or settings["cycle_settings"].get("input_model_path")
     if state is None and start_from:
-        load_start(model, architecture, start_from)
+        load_start(model, architecture, start_from, settings["dataset"], settings["force"])
     elif state is None and hasattr(model, "whiten"):
         model.whiten(torch.cat([images for images, _ in calibration]))
-    check_resize(model, (kind.shape[2], *kind.shape[:2]), settings["resize"])
+    check_resize(model, image_shape(settings["dataset"]), settings["resize"])
     if "bits" in architecture:
         begin_bits(model, architecture["bits"], calibration if state is None else None)
     if device.type == "cpu" and settings["recipe"] != "published":
@@ -165,10 +187,20 @@ def prepare(settings, state):
         model = model.to(memory_format=torch.channels_last)
     run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, forward=model)
     if settings["teacher"]:
-        run.teacher = load_teacher(settings["teacher"], architecture["num_classes"], device)
+        run.teacher = load_teacher(settings["teacher"], settings["dataset"], device, settings["force"])
     if state is not None:
         restore(run, state)
+    check_training(run)
     return run
+
+
+def check_training(run):
+    """ValueError for what a step, or the pruning after a round, would fail at."""
+    settings, shape = run.settings, image_shape(run.settings["dataset"])
+    sides = {settings["resize"] or shape[1], shape[1]}
+    for side in sorted(sides):
+        check_batch(run.model, settings["model"], settings["batch_size"], (shape[0], side, side))
+    check_pruning(settings, run.model, run.masks, run.round, len(run.train), shape)
 
 
 def make_batches(data, kind, settings, device, generator):
@@ -212,6 +244,8 @@ def announce(run):
     if settings["dry_run"]:
         print(json.dumps(settings, indent=1))
     elif parallel.leads():
+        if run.optimizer is None:         # it begins
+            run.made = folders.take(run.out)
         write_config(run)
 
 
@@ -246,7 +280,7 @@ def write_config(run):
               "started": time.strftime("%Y-%m-%d %H:%M:%S"),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "source": {path.name: path.read_text() for path in sorted(here.glob("*.py"))}}
-    if (run.out / "config.json").exists():
+    if run.made is None and (run.out / "config.json").exists():
         first = json.loads((run.out / "config.json").read_text())
         config |= {"started": first.get("started"), "resumed": [*first.get("resumed", []), config["started"]]}
     checkpoint.write(run.out / "config.json", json.dumps(config, indent=1).encode())
@@ -284,18 +318,6 @@ def average_pairs(average, model):
     return tuple([pair[side] for pair in kind] for kind in (floats, integers) for side in (0, 1))
 
 
-def one_cycle(progress, peak=0.25):
-    """Share of the largest learning rate after `progress` in [0, 1] of a round: up to `peak`, down to zero, linear."""
-    rising = (progress + 1e-3) / peak if peak else 1.0
-    return min(rising, (1 - progress) / (1 - peak), 1.0)
-
-
-def warm_cosine(progress, peak=0.05):
-    """The same for a linear warm-up, to `peak`, followed by half a cosine."""
-    rising = (progress + 1e-3) / peak if peak else 1.0
-    return min(rising, 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress - peak) / (1 - peak)))
-
-
 def autocast(device, dtype):
     """A context in which convolutions and matrix products compute in `dtype`, bfloat16 or float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -322,24 +344,9 @@ def restore(run, state):
     begin_round(run)
     if run.average is not None and state["average"] is not None:
         run.average.load_state_dict(state["average"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.schedule.load_state_dict(state["schedule"])
-    if run.settings.get("force"):
-        force_settings(run, state["settings"])
+    schedules.restore(run, state)
     run.generator.set_state(state["random"]["generator"])
     torch.set_rng_state(state["random"]["torch"])
-
-
-def force_settings(run, before):
-    """Give a restored optimizer and schedule the settings that --force accepted in place of those `before`."""
-    settings = run.settings
-    groups = parameter_groups(run.model, settings)
-    for group, own in zip(run.optimizer.param_groups, groups, strict=True):
-        group["lr"] *= own["lr"] / group.get("initial_lr", before["lr"])
-        group |= {name: value for name, value in own.items() if name not in ("params", "lr")}
-        group["initial_lr"] = own["lr"]
-    if hasattr(run.schedule, "base_lrs"):
-        run.schedule.base_lrs = [own["lr"] for own in groups]
 
 
 def save(run):
@@ -368,12 +375,24 @@ def finish(run):
 
 
 @contextmanager
-def resumable(run):
-    """A block in which Ctrl-C says which checkpoint continues the run, and with which command."""
+def resumable(run, ends=True):
+    """A block in which Ctrl-C says which checkpoint continues the run, and with which command.
+
+    A run that fails before its first step leaves no folder. ends: no later block
+    goes on with it, so that other processes may.
+    """
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException as problem:
+        folders.let_go(run.out)
+        if run.made is not None:
+            folders.give_back(run.out, run.made)
+        if not isinstance(problem, KeyboardInterrupt):
+            raise
         if not (run.out / "last.pt").exists():
             raise KeyboardInterrupt("nothing was saved before the first epoch's end") from None
         raise KeyboardInterrupt(f"{run.out}/last.pt holds {len(run.history)} whole epochs, go on with: python "
                                 f"{run.settings['script']} --resume --out {run.out}") from None
+    finally:
+        if ends:
+            folders.let_go(run.out)

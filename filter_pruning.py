@@ -128,6 +128,8 @@ def check_cycle(settings):
         value = settings[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(f"{name} {value!r}: it must be a number from {low} to {high}")
+        if name in ("finetuning_epochs", "round_to") and not isinstance(value, int):
+            raise ValueError(f"{name} {value!r}: it must be a whole number, at least {low}")
 
 
 class Pruner:

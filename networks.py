@@ -5,6 +5,8 @@
 
 An architecture is the dictionary that rebuilds a network; every checkpoint holds it.
 """
+import copy
+
 import torch
 
 import checkpoint
@@ -59,10 +61,13 @@ def load_network(path, device="cpu"):
     that is what the validation accuracy was measured on. Of a packed file it is
     the network in integers. Its `dataset` is filled in.
     """
-    state = checkpoint.read(path)
-    if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("weights"), dict):
-        raise ValueError(f"{path} holds no network: architecture or weights are missing")
-    state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
+    path = checkpoint.find(path)
+    return network_of(path, read_network(path), device)
+
+
+def network_of(path, state, device):
+    """`load_network` of a file's dictionary."""
+    state["dataset"] = state["dataset"] or "cifar10"
     if state.get("average"):
         state["weights"] = state["average"]
     model = build(**state["architecture"])
@@ -73,21 +78,86 @@ def load_network(path, device="cpu"):
     return model.eval().to(device), state
 
 
-def load_teacher(path, classes, device):
-    """The network that teaches, on the device, without gradients; ValueError where it tells other classes apart."""
-    teacher, state = load_network(path, device)
-    theirs = state["architecture"]["num_classes"]
-    if theirs != classes:
-        raise ValueError(f"the teacher in {path} tells {theirs} classes apart, the student {classes}")
+def read_network(path):
+    """A checkpoint's dictionary, its `dataset` None where it names none; ValueError for one that holds no network."""
+    state = checkpoint.read(path)
+    if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("weights"), dict):
+        raise ValueError(f"{path} holds no network: architecture or weights are missing")
+    state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset")
+    return state
+
+
+def load_teacher(path, dataset, device, force=False):
+    """The network that teaches, on the device, without gradients; ValueError where it does not fit the student's data.
+
+    force: it may be of another data set, of images and a number of classes like those of `dataset`.
+    """
+    state = read_network(path)
+    refuse_misfit(f"the teacher in {path}", state["architecture"], dataset)
+    refuse_stranger(f"the teacher in {path}", state["dataset"], dataset, force)
+    teacher, _ = network_of(path, state, device)
+    try:
+        teacher(torch.zeros(1, *image_shape(dataset), device=device))
+    except (RuntimeError, ValueError) as problem:
+        raise ValueError(f"the teacher in {path} does not take the images of {dataset}: {problem}") from None
     return teacher.requires_grad_(False)
 
 
-def load_start(model, architecture, path):
-    """Put the weights of the checkpoint --start into a network of floats, those of few bits without their steps."""
-    state = checkpoint.read(path)
+def load_start(model, architecture, path, dataset, force=False):
+    """Put the weights of the checkpoint --start into a network of floats, those of few bits without their steps.
+
+    force: they may be of another data set than `dataset`.
+    """
+    state = read_network(path)
     if "integers" in state:
         raise ValueError(f"{path} is packed: its integers do not train; start from the model.pt that it came from")
+    refuse_misfit(f"the network in {path}", state["architecture"], dataset)
+    refuse_stranger(f"the network in {path}", state["dataset"], dataset, force)
     checkpoint.load_weights(model, quantization.without_bits(architecture), quantization.without_steps(state))
+
+
+# ---- a network and a data set
+
+def image_shape(dataset):
+    """(C, H, W) of one image of a data set."""
+    height, width, channels = cifar10.KINDS[dataset].shape
+    return channels, height, width
+
+
+def refuse_misfit(what, architecture, dataset):
+    """ValueError where a network tells other classes apart than `dataset` has, or takes other images.
+
+    what: what to call it. An architecture without a size takes images of any size, or of one that the forward pass
+    alone can tell.
+    """
+    kind = cifar10.KINDS[dataset]
+    classes, channels = architecture.get("num_classes", 10), architecture.get("in_channels", 3)
+    size = architecture.get("size", kind.shape[0])
+    if classes != len(kind.classes):
+        raise ValueError(f"{what} tells {classes} classes apart, {dataset} has {len(kind.classes)}")
+    if (channels, size) != (kind.shape[-1], kind.shape[0]):
+        asked = f" of {size} x {size} pixels" if "size" in architecture else ""
+        raise ValueError(f"{what} takes images of {channels} channels{asked}; those of {dataset} have {kind.shape[-1]} "
+                         f"channels and {kind.shape[0]} x {kind.shape[1]} pixels")
+
+
+def refuse_stranger(what, theirs, dataset, force):
+    """ValueError where a network was trained on another data set, unless that is forced; theirs: None where unknown."""
+    if theirs not in (None, dataset) and not force:
+        raise ValueError(f"{what} was trained on {theirs}, and this run is on {dataset}; --force takes it all the same")
+
+
+def check_batch(model, name, batch_size, shape):
+    """ValueError where `model` cannot train on `batch_size` images of `shape`: of a size that its layers take, for one.
+
+    Tried on torch's meta device, where nothing is computed; batch norm refuses a single number there too.
+    """
+    trial = copy.deepcopy(model).to("meta").train()
+    try:
+        trial(torch.zeros(batch_size, *shape, device="meta"))
+    except (RuntimeError, ValueError) as problem:
+        raise ValueError(f"{name} cannot train on batches of {batch_size} images of {'x'.join(map(str, shape))} "
+                         f"({problem}); give another --model or a larger --batch-size") from None
 
 
 def begin_bits(model, bits, calibration):

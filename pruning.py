@@ -24,6 +24,8 @@ def prunable(model, exclude=()):
     unknown = [name for name in exclude if name not in layers]
     if unknown:
         raise ValueError(f"no convolution or linear layer is called {unknown[0]!r}; there are {', '.join(layers)}")
+    if not set(layers) - set(exclude):
+        raise ValueError(f"every layer is excluded ({', '.join(layers)}): there is none to prune")
     return {f"{name}.weight": module.weight for name, module in layers.items() if name not in exclude}
 
 
@@ -60,15 +62,39 @@ def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=(), 
     masks = {**{name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}, **(masks or {})}
     remaining = sum(int(masks[name].sum()) for name in weights)
     whole = sum(weight.numel() for weight in weights.values())
-    removed = round(sparsity * remaining) if of == "remaining" else max(0, round(sparsity * whole) - whole + remaining)
+    removed = to_remove(sparsity, remaining, whole, of)
     protected = {name: floor_of(weight, masks[name], minimum_density) for name, weight in weights.items()}
     held = sum(int(mask.sum()) for mask in protected.values())
-    if remaining - removed < held:
-        raise ValueError(f"sparsity {sparsity} leaves {remaining - removed:,} weights, but a minimum density of "
-                         f"{minimum_density} by layer holds {held:,}; lower one of them")
+    refuse_thinner(sparsity, remaining - removed, held, minimum_density)
     scores = {name: lamp_scores(weight) if score == "lamp" else weight.detach().abs()
               for name, weight in weights.items()}
     return {**masks, **ranked(scores, masks, protected, removed)}
+
+
+def check_sparsities(model, sparsities, masks=None, minimum_density=0.01, exclude=(), of="remaining"):
+    """ValueError where `global_masks`, one sparsity after the other, cannot hold the minimum density; by counts alone.
+
+    model may be on torch's meta device: none of its weights is read.
+    """
+    weights, masks = prunable(model, exclude), masks or {}
+    counts = {name: int(masks[name].sum()) if name in masks else weight.numel() for name, weight in weights.items()}
+    whole, remaining = sum(weight.numel() for weight in weights.values()), sum(counts.values())
+    held = sum(floor_count(weight, minimum_density, counts[name]) for name, weight in weights.items())
+    for sparsity in sparsities:
+        remaining -= to_remove(sparsity, remaining, whole, of)
+        refuse_thinner(sparsity, remaining, held, minimum_density)
+
+
+def to_remove(sparsity, remaining, whole, of):
+    """How many of the `remaining` weights `global_masks` takes out; whole: with those that are out already."""
+    return round(sparsity * remaining) if of == "remaining" else max(0, round(sparsity * whole) - whole + remaining)
+
+
+def refuse_thinner(sparsity, left, held, minimum_density):
+    """ValueError where fewer weights would be `left` than the minimum density holds."""
+    if left < held:
+        raise ValueError(f"sparsity {sparsity} leaves {left:,} weights, but a minimum density of {minimum_density} by "
+                         f"layer holds {held:,}; lower one of them")
 
 
 def ranked(scores, masks, protected, removed):
@@ -105,11 +131,16 @@ def floor_of(weight, mask, density):
     """The largest entries of one layer, at least one and at least the share `density`, as a bool tensor."""
     if not 0 <= density <= 1:
         raise ValueError(f"minimum density {density} is outside [0, 1]")
-    count = min(max(1, math.ceil(density * weight.numel())), int(mask.sum()))
+    count = floor_count(weight, density, int(mask.sum()))
     magnitude = weight.detach().abs().masked_fill(~mask, -1.0).flatten()
     kept = torch.zeros_like(magnitude, dtype=torch.bool)
     kept[magnitude.topk(count).indices] = True
     return kept.view_as(weight)
+
+
+def floor_count(weight, density, kept):
+    """How many weights of a layer stay whatever their scores, where `kept` are left."""
+    return min(max(1, math.ceil(density * weight.numel())), kept)
 
 
 def refuse_nonfinite(weights):

@@ -10,6 +10,35 @@ import morphnet
 import pruning
 
 
+def check_pruning(settings, model, masks, round_, steps, shape):
+    """ValueError, before any training, for what the rounds from `round_` on would fail at.
+
+    masks: of weights that are pruned already; steps: of one epoch; shape: (C, H, W) of one image.
+    """
+    how, sparsity = settings["pruning"], settings["sparsity"]
+    if sparsity:
+        pruning.check_sparsities(model, sparsity[round_:], masks, settings["minimum_density"], settings["exclude"],
+                                 "all" if how in ("polynomial", "constant") else "remaining")
+    if how in ("polynomial", "constant") and settings["epochs"][0] * steps < 2:
+        raise ValueError(f"--pruning {how} prunes between the first and the last step, and this run has one; give it "
+                         "more --epochs or a smaller --batch-size")
+    if how == "filters" and not filter_pruning.reducible(model):
+        raise ValueError(f"--pruning filters: {settings['model']} has no layer that can lose filters")
+    if how == "l1_cycle":
+        filter_pruning.Pruner(settings["cycle_settings"]).check(model)
+    if how == "morphnet" and start_search(settings, round_, model, shape):
+        check_budget(settings, model, start_search(settings, round_, model, shape))
+
+
+def check_budget(settings, model, search):
+    """ValueError where not even the smallest widths of `model` are within MorphNet's budget."""
+    removable = morphnet.blocks_of(model)
+    least = {space["name"]: 0 if space["name"] in removable else morphnet.groups_of(model, space)
+             for space in morphnet.spaces_of(model)}
+    morphnet.expand(model, least, search["sizes"], settings["morph_cost"], settings["morph_budget"] * search["whole"],
+                    settings["morph_round_to"], settings["morph_device"])
+
+
 def prune_on_schedule(settings, step, steps, model, average, masks):
     """Gradual pruning after `step` of `steps`: new masks where the schedule fires, else those that were.
 

@@ -168,6 +168,7 @@ def train_epoch(run, bar):
         if run.device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
         loss, correct = train_step(run, images, labels, step)
+        run.made = None                   # from its first step on, its folder stays
         if run.finite_steps is not None and ((step + 1) % read_every == 0 or step + 1 == len(run.train)):
             refuse_counted(run, step)
         if run.settings["pruning"] in commandline.GRADUAL:
@@ -351,9 +352,9 @@ def predict(model, batches, device, dtype=torch.float32):
 # ---- for the scripts that read a trained network
 
 def find_checkpoint(given=None):
-    """The checkpoint to read: the one given, else the newest run's model.pt, else the model that ships."""
+    """The checkpoint to read: the one given (of a folder its model.pt), else the newest run's, else what ships."""
     if given:
-        return Path(given)
+        return checkpoint.find(given)
     try:
         return newest("model.pt")
     except FileNotFoundError:

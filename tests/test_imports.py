@@ -18,7 +18,7 @@ ROWS = [
     {"pruning", "filter_pruning", "morphnet", "binaryconnect", "quantization"},
     {"models", "onnx_files", "integer_inference"},
     {"resnet_factorized", "cifar10", "checkpoint", "commandline", "compiling", "draws",
-     "parallel", "shrinking"},
+     "parallel", "shrinking", "folders", "schedules"},
     {"packing"},
 ]
 FILES = sorted(ROOT.glob("*.py"))

@@ -3,7 +3,9 @@ import os
 import shutil
 
 import pytest
-from sample_runs import EPOCHS, ROUNDS, folder_after, history_of, resume, start_rounds
+from hypothesis import given
+from hypothesis import strategies as st
+from sample_runs import EPOCHS, ROUNDS, SMALL, folder_after, history_of, resume, start_rounds
 
 import checkpoint
 import commandline
@@ -111,3 +113,79 @@ def test_resume_from_a_file_of_weights_alone_is_refused(finished, tmp_path):
     shutil.copy(finished.out / "model.pt", tmp_path / "run" / "last.pt")
     with pytest.raises(ValueError, match="last.pt"):
         resume(tmp_path / "run")
+
+
+# ---- the schedule stands where the epochs stand
+
+@given(st.sampled_from([experiment.one_cycle, experiment.warm_cosine]), st.floats(0, 10))
+def test_a_share_of_the_rate_never_leaves_0_to_1(shape, progress):
+    assert 0 <= shape(progress) <= 1
+    assert progress < 1 or shape(progress) == 0
+
+
+def short(out, *flags):
+    """A run of train.py on 32 images, or what goes on with it."""
+    begins = [] if "--resume" in flags else [*SMALL, "--model", "lenet5-student"]
+    train.main([*begins, "--out", str(out), *map(str, flags)])
+    return [float(row["lr"]) for row in history_of(out)]
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+@pytest.mark.parametrize("before, after", [(16, 32), (8, 32), (32, 8), (16, 16)])
+def test_a_finished_run_is_extended_with_another_batch_size(tmp_path, capsys, schedule, before, after):
+    short(tmp_path / "run", "--epochs", 2, "--batch-size", before, "--schedule", schedule, "--lr", 0.25)
+    capsys.readouterr()
+    rates = short(tmp_path / "run", "--resume", "--force", "--batch-size", after, "--epochs", 4)
+    shape = experiment.one_cycle if schedule == "one-cycle" else experiment.warm_cosine
+    assert rates[2:] == pytest.approx([0.25 * shape(2 / 4), 0.25 * shape(3 / 4)], abs=1e-6)
+    assert (f"the schedule goes on at learning rate {0.25 * shape(0.5):.4g}, 2 of 4 epochs into its round; it stood at "
+            "0\n") in capsys.readouterr().out
+
+
+def test_the_rate_at_every_step_after_another_batch_size(tmp_path, monkeypatch):
+    short(tmp_path / "run", "--epochs", 2, "--batch-size", 4)
+    rates, real = [], train.train_step
+
+    def train_step(run, *arguments):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        return real(run, *arguments)
+    monkeypatch.setattr(train, "train_step", train_step)
+    short(tmp_path / "run", "--resume", "--force", "--epochs", 3, "--batch-size", 16, "--lr", 0.5)
+    assert rates == pytest.approx([0.5 * experiment.one_cycle(4 / 6), 0.5 * experiment.one_cycle(5 / 6)])
+
+
+@pytest.mark.parametrize("first, then, expected", [
+    ("plateau", "one-cycle", 0.25 * experiment.one_cycle(2 / 3)), ("one-cycle", "plateau", 0.25),
+    ("plateau", "plateau", 0.25), ("cosine", "plateau", 0.25)])
+def test_another_schedule_begins_where_the_run_stands(tmp_path, first, then, expected):
+    short(tmp_path / "run", "--epochs", 2, "--schedule", first, "--lr", 0.25)
+    rates = short(tmp_path / "run", "--resume", "--force", "--epochs", 3, "--schedule", then)
+    assert rates[2] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_plateau_keeps_what_the_losses_made_of_its_rate(finished, tmp_path):
+    short(tmp_path / "run", "--epochs", 1, "--schedule", "plateau", "--lr", 0.25)
+    state = checkpoint.read(tmp_path / "run" / "last.pt")
+    for group in state["optimizer"]["param_groups"]:
+        group["lr"] = 0.025
+    checkpoint.save(tmp_path / "run" / "last.pt", state)
+    assert short(tmp_path / "run", "--resume", "--force", "--epochs", 2, "--lr", 0.5)[1] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--epochs", "1"], "has trained 2 in its round 1 already"), (["--seed", "4"], "began with seed 0; --seed 4"),
+    (["--recipe", "published"], "began with recipe ours"), (["--start", "a.pt"], "began with start None")])
+def test_what_cannot_be_carried_over_is_refused_with_force_too(tmp_path, flags, told):
+    short(tmp_path / "run", "--epochs", 2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match=told):
+        short(tmp_path / "run", "--resume", "--force", *flags)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("flags", [["--epochs", "2", "2", "2"], ["--epochs", "2", "1", "--sparsity", "0.7"],
+                                   ["--sparsity", "0.6", "0.7"]])
+def test_rounds_that_are_over_do_not_change(finished, tmp_path, flags):
+    out = folder_after(finished, 4, tmp_path / "run")          # in its third round
+    with pytest.raises(ValueError, match="are over and cannot change|in its round 3 already"):
+        resume(out, "--force", *flags)

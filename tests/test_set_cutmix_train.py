@@ -1,10 +1,12 @@
 """CutMix: against torchvision, against the paper's equations, and where its randomness comes from."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from draws import draw_beta
 from set_cutmix_train import cutmix, paste
@@ -213,3 +215,26 @@ def test_lambda_has_the_moments_of_its_beta_distribution(alpha):
     kurtosis = -6 / (2 * alpha + 3)                     # excess
     assert ((draws - 0.5) ** 4).mean() == pytest.approx((3 + kurtosis) * reference.variance.item() ** 2, rel=0.02)
     assert bool(((draws >= 0) & (draws <= 1)).all())
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 1e-3, 0.01, 0.2, 0.7, 2.0, 30.0, 1e6])
+def test_shares_are_beta_distributed_as_scipy_has_it(alpha):
+    """The share of draws below a point, for points at both ends too, within 5 standard errors of scipy's."""
+    draws, expected = draw_beta(alpha, 100_000, seeded(), "cpu").numpy(), stats.beta(alpha, alpha)
+    middle = expected.ppf([0.1, 0.3, 0.5, 0.7, 0.9])
+    points = np.array([1e-300, 1e-100, 1e-10, 0.01, 0.3, 0.5, 0.7, 0.99, 1 - 1e-10, *middle[middle < 1 - 1e-15]])
+    wanted = expected.cdf(points)
+    found = (draws[:, None] <= points).mean(0)
+    assert (abs(found - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / len(draws)) + 1e-9).all()
+
+
+@pytest.mark.parametrize("alpha", [5e-324, 1e-300, 1e-8])
+def test_a_share_at_the_smallest_alpha_is_one_image_or_the_other(alpha):
+    draws = draw_beta(alpha, 20_000, seeded(), "cpu").double()
+    assert bool(((draws < 1e-6) | (draws > 1 - 1e-6)).all()), "neither 0.5 nor NaN"
+    assert (draws > 0.5).double().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("alpha", [1e15, 1e300, 1.7e308])
+def test_a_share_at_the_largest_alpha_is_a_half(alpha):
+    assert bool(((draw_beta(alpha, 1_000, seeded(), "cpu") - 0.5).abs() < 1e-6).all())

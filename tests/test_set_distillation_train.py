@@ -92,7 +92,7 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path):
         train.main([*flags, "--teacher", "nowhere.pt"])
     architecture = {"name": "lenet5-student", "num_classes": 7}
     checkpoint.save(tmp_path / "seven.pt", checkpoint.network_of(networks.build(**architecture), architecture))
-    with pytest.raises(ValueError, match="seven.pt tells 7 classes apart, the student 10"):
+    with pytest.raises(ValueError, match="seven.pt tells 7 classes apart, digits has 10"):
         train.main([*flags, "--teacher", str(tmp_path / "seven.pt")])
     with pytest.raises(ValueError, match="--temperature 0"):
         train.main([*flags, "--teacher", str(teacher), "--temperature", "0"])

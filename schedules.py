@@ -1,0 +1,46 @@
+"""Learning rates over a round, as shares of the largest, and where a run that goes on stands in them."""
+import math
+
+
+def one_cycle(progress, peak=0.25):
+    """Share of the largest learning rate after `progress` in [0, 1] of a round: up to `peak`, down to zero, linear."""
+    rising = (progress + 1e-3) / peak if peak else 1.0
+    return max(0.0, min(rising, (1 - progress) / (1 - peak), 1.0))
+
+
+def warm_cosine(progress, peak=0.05):
+    """The same for a linear warm-up, up to `peak`, followed by half a cosine."""
+    rising = (progress + 1e-3) / peak if peak else 1.0
+    fallen = min(max(0.0, progress - peak) / (1 - peak), 1.0)
+    return min(rising, 0.5 + 0.5 * math.cos(math.pi * fallen))
+
+
+def restore(run, state):
+    """The optimizer's state from a file, its settings from the run; the rate where the schedule stands by epochs.
+
+    A step count would mean another place once the batch size or the number of epochs
+    differs. A plateau's rate is a matter of the losses so far: it goes on, relative
+    to --lr, and begins afresh behind another schedule.
+    """
+    schedule, groups = run.schedule, run.optimizer.param_groups
+    own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    run.optimizer.load_state_dict(state["optimizer"])
+    groups, before = run.optimizer.param_groups, state["settings"]
+    stood = [group["lr"] for group in groups]
+    bases = [group.get("initial_lr", group["lr"]) for group in own]
+    by_losses = run.settings["schedule"] == "plateau"
+    if by_losses == (before["schedule"] == "plateau"):
+        schedule.load_state_dict(state["schedule"])
+    if by_losses:
+        goes_on = before["schedule"] == "plateau"
+        rates = [rate * run.settings["lr"] / before["lr"] if goes_on else base
+                 for rate, base in zip(stood, bases, strict=True)]
+    else:
+        schedule.last_epoch, schedule.base_lrs = run.epoch * len(run.train), bases
+        rates = [base * schedule.lr_lambdas[0](schedule.last_epoch) for base in bases]
+        schedule._last_lr = list(rates)
+    for group, settings, rate in zip(groups, own, rates, strict=True):
+        group |= {**settings, "lr": rate}
+    if rates != stood:
+        print(f"the schedule goes on at learning rate {rates[0]:.4g}, {run.epoch} of "
+              f"{run.settings['epochs'][run.round]} epochs into its round; it stood at {stood[0]:.4g}", flush=True)
