@@ -1,0 +1,196 @@
+"""README and docs/: short, no dead link, no flag that its script lacks, and the numbers that results/ holds."""
+import argparse
+import csv
+import importlib
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPT = re.compile(r"(?:python|torchrun --nproc-per-node \d+) (\w+)\.py\b(.*)")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+OTHERS = {"--help", "--nproc-per-node"}      # argparse's own and torchrun's
+
+
+class Parsed(Exception):
+    """Raised in place of a script's work, once its parser has read the command line."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """parse(script's name, words): what its own parser says of them, a Parsed(parser, names); nothing else runs."""
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser, argv):
+        raise Parsed(parser, real(parser, argv))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+
+    def call(script, words):
+        with pytest.raises(Parsed) as found:
+            importlib.import_module(script).main(words)
+        return found.value.args
+    return call
+
+
+def visible(page):
+    """The text of a page without its comments."""
+    return re.sub(r"<!--.*?-->", "", page.read_text(), flags=re.DOTALL)
+
+
+def code_of(text):
+    """Lines of code blocks, and code within lines."""
+    rest = re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)
+    return re.findall(r"^ {4}(.+)$", text, re.MULTILINE) + re.findall(r"`([^`\n]+)`", rest)
+
+
+def commands_of(text):
+    """(script's name, its words) of every command in the code of a text."""
+    for code in code_of(text):
+        for part in re.split(r" && | # ", code):
+            match = SCRIPT.match(part.split(" > ")[0].strip())
+            if match:
+                yield match[1], shlex.split(match[2])
+
+
+def headings_of(text):
+    """The anchors that GitHub makes of a page's headings."""
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+            for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+def dead_links(text, page):
+    """The relative links and pictures of a page that lead to no file, or to no heading of it."""
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    dead = []
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or anchor and anchor not in headings_of(target.read_text()):
+            dead.append(link)
+    return dead
+
+
+# ---- the tools of this file
+
+def test_dead_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One heading, here\n")
+    text = '[a](page.md#one-heading-here) [b](none.md) [c](#no-heading) <img src="d.png"> [e](https://a.example/b)'
+    assert dead_links(text, page) == ["none.md", "#no-heading", "d.png"]
+
+
+def test_commands_are_found_in_blocks_and_in_lines():
+    text = ("run `python train.py --lr 0.1`:\n\n    python test.py && python profil.py --json > a.json   # why\n"
+            "    torchrun --nproc-per-node 2 train.py --epochs 1\n")
+    assert list(commands_of(text)) == [("test", []), ("profil", ["--json"]), ("train", ["--epochs", "1"]),
+                                       ("train", ["--lr", "0.1"])]
+
+
+def test_a_flag_that_a_script_lacks_is_found(parse):
+    with pytest.raises(ValueError, match="unrecognized arguments: --rate 1"):
+        parse("train", ["--rate", "1"])
+
+
+# ---- README
+
+def test_readme_is_read_in_a_few_minutes():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1200
+
+
+def test_quick_start_is_on_the_first_screen():
+    assert README.read_text().splitlines().index("    make demo     # environment, then train, prune, test, count and "
+                                                 "report on digits: minutes, no download") < 40
+
+
+def test_map_has_every_file_and_no_other():
+    section = README.read_text().split("\n## Map\n")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([\w/]+(?:\.py|/)|Makefile)`", section))
+    assert {path.name for path in ROOT.glob("*.py")} - named == set()
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_readme_links_every_page():
+    text = README.read_text()
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in text] == []
+
+
+def row_of_study(arm):
+    """What the first seed of an arm of low_bits gave."""
+    with (ROOT / "results/low_bits/runs.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row["arm"] == arm)
+    return [float(row[name]) for name in ("test_accuracy", "nonzero", "macs", "score_course", "bytes")]
+
+
+def row_of_shipped():
+    """The same of the ResNet-18 that ships."""
+    profile, test = (json.loads((ROOT / f"results/shipped_{part}.json").read_text()) for part in ("profile", "test"))
+    size = (ROOT / "pretrained/resnet18_groups8_cifar10.pt.gz").stat().st_size
+    return [test["accuracy"], profile["nonzero"], profile["macs"], profile["score_course"], size]
+
+
+@pytest.mark.parametrize("network, stated", [
+    ("ResNet-18 in 8 groups", row_of_shipped()),
+    ("ResNet-20 12-24-48 in 3 bits", row_of_study("ResNet-20 12-24-48, 3 bits, again, pruned")),
+    ("WRN-16-2", row_of_study("WRN-16-2"))])
+def test_headline_is_what_results_hold(network, stated):
+    accuracy, nonzero, macs, score, size = stated
+    score = f"{score:.4f}" if score < 0.01 else f"{score:.3f}"
+    wanted = [f"**{accuracy:.2f} %**", f"{nonzero:,.0f}", f"{macs:,.0f}", score, f"{size:,.0f}"]
+    for page in (README, ROOT / "docs/results.md"):
+        row = next(line for line in page.read_text().splitlines() if line.startswith("|") and "ours" in line
+                   and network in line)
+        cells = [cell.strip().removesuffix(" (n = 1)") for cell in row.split("|")]
+        assert [cell for cell in wanted if cell not in cells] == [], f"{page.name}: {row}"
+
+
+# ---- all pages
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    assert dead_links(visible(page), page) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_flags_that_their_scripts_know(page, parse):
+    for script, words in commands_of(visible(page)):
+        assert (ROOT / f"{script}.py").exists(), f"{page.name} runs {script}.py, which is not there"
+        parse(script, words)
+
+
+def test_every_flag_is_one_of_a_script(parse):
+    needed = {"benchmark": ["training"], "deployment": ["a"], "export": ["--out", "a"], "predict": ["a"],
+              "study": ["a"]}
+    scripts = [path.stem for path in ROOT.glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    known = set(OTHERS)
+    for script in scripts:
+        parser, _ = parse(script, needed.get(script, []))
+        known |= set(parser._option_string_actions)
+    assert {"train_pruning", "test"} <= set(scripts)
+    named = {(page.name, flag) for page in PAGES for code in code_of(visible(page)) for flag in FLAG.findall(code)}
+    assert {(page, flag) for page, flag in named if flag not in known} == set()
+
+
+def test_make_has_every_target_that_is_named():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {match for page in PAGES for code in code_of(visible(page)) for match in re.findall(r"^make (\w+)", code)}
+    assert {"demo", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_page_opens_with_a_command(page):
+    assert list(commands_of(visible(page).split("\n## ")[0]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_marked_tables_are_closed(page):
+    marks = re.findall(r"<!-- (table \S+|end)", page.read_text())
+    assert [mark.split()[0] for mark in marks] == ["table", "end"] * (len(marks) // 2)
+    assert [mark for mark in marks[::2] if not (ROOT / mark.split()[1].rstrip(":")).exists()] == []
