@@ -269,8 +269,8 @@ class Batches:
         self.shift = torch.tensor([mean / std for mean, std in zip(kind.mean, kind.std, strict=True)],
                                   device=device).view(-1, 1, 1)
         self.batch_size, self.pad, self.flip, self.generator = batch_size, pad, kind.flip, generator
-        self.epoch = 0
-        self.sides = None
+        self.epoch, self.sides = 0, None
+        self.views = self.answers = self.answer = None       # see `set_distillation_train.ask`
         if alternating and generator is not None:
             own = torch.Generator(device).manual_seed(generator.initial_seed())
             self.sides = torch.randint(2, (len(images), 1), generator=own, device=device)
@@ -292,17 +292,30 @@ class Batches:
         return images / self.scale - self.shift
 
     def augment(self, indices):
-        """Crop and mirror images, each at its own draw, in one gather: (N, H, W, C)."""
-        device, (height, width) = indices.device, self.images.shape[1:3]
+        """Training images as this step sees them, (N, H, W, C): moved and mirrored, each by its own draw."""
+        return self.moved(indices, *(self.draw_moves(indices) if self.views is None else self.draw_views(indices)))
 
+    def draw_moves(self, indices):
+        """(rows, columns, mirrored) for each image, all (N, 1): how far its crop is off, and whether it is mirrored."""
         def draw(below):
-            return torch.randint(below, (len(indices), 1), generator=self.generator, device=device)
-        rows = torch.arange(height, device=device) + draw(2 * self.pad + 1) - self.pad
-        columns = torch.arange(width, device=device) + draw(2 * self.pad + 1) - self.pad
-        rows, columns = reflect(rows, height), reflect(columns, width)
-        if self.flip:
-            mirrored = draw(2) if self.sides is None else (self.sides[indices] + self.epoch) % 2
-            columns = torch.where(mirrored == 1, columns.flip(1), columns)
+            return torch.randint(below, (len(indices), 1), generator=self.generator, device=indices.device)
+        rows, columns = draw(2 * self.pad + 1) - self.pad, draw(2 * self.pad + 1) - self.pad
+        if not self.flip:
+            return rows, columns, torch.zeros_like(rows)
+        return rows, columns, draw(2) if self.sides is None else (self.sides[indices] + self.epoch) % 2
+
+    def draw_views(self, indices):
+        """The same, of one of the views that a teacher was asked about; `answer` holds what it said of each."""
+        number = torch.randint(self.views.shape[1], (len(indices),), generator=self.generator, device=indices.device)
+        self.answer = self.answers[indices, number].float()
+        return self.views[indices, number].long().T.unsqueeze(-1)
+
+    def moved(self, indices, rows, columns, mirrored):
+        """Images cropped and mirrored in one gather, (N, H, W, C); rows, columns, mirrored: of `draw_moves`."""
+        height, width = self.images.shape[1:3]
+        rows = reflect(torch.arange(height, device=indices.device) + rows, height)
+        columns = reflect(torch.arange(width, device=indices.device) + columns, width)
+        columns = torch.where(mirrored == 1, columns.flip(1), columns)
         return self.images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 

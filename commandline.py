@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 FREE = {"data", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
-FIXED = ("seed", "start", "cycle", "recipe", "optimizer", "bias_lr")       # not even --force changes them afterwards
+FIXED = ("seed", "start", "cycle", "recipe", "optimizer", "bias_lr",
+         "teacher_views")       # not even --force changes them afterwards
 BEFORE = {"optimizer": "sgd", "flips": "random", "bias_lr": 1.0}       # of runs that are older than these settings
 GRADUAL = ("polynomial", "constant")      # weights pruned while training, by a schedule; otherwise between rounds
 SHRINKING = ("filters", "l1_cycle", "morphnet")       # whole channels leave the network
@@ -29,8 +30,8 @@ BOUNDS = {"pad": (0, 16), "batch_size": (1, math.inf), "limit": (2, math.inf), "
           "prune_frequency": (1, math.inf), "filter_threshold": (0, math.inf), "filter_interval": (1, math.inf),
           "morph_strength": (0, math.inf), "morph_threshold": (0, math.inf), "morph_budget": (1e-6, math.inf),
           "morph_round_to": (1, math.inf), "filter_stop": (0, 1), "stop_loss": (0, math.inf), "seed": (0, 2**63 - 1),
-          "bias_lr": (1e-6, math.inf), "muon_lr": (1e-12, math.inf), "muon_momentum": (0, 1),
-          "muon_decay": (0, math.inf), "peak": (0, 0.99),
+          "teacher_views": (1, 1000), "bias_lr": (1e-6, math.inf), "muon_lr": (1e-12, math.inf),
+          "muon_momentum": (0, 1), "muon_decay": (0, math.inf), "peak": (0, 0.99),
           "weight_bits": (1, 8), "activation_bits": (1, 8), "resize_until": (0, 1)}
 
 
@@ -109,6 +110,8 @@ def training_parser(description, choices, datasets):
                         help="how grouped ones compute: as such, or dense with zeros; auto: the faster one on CUDA")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--teacher", metavar="CHECKPOINT", help="learn from this network too (distillation)")
+    parser.add_argument("--teacher-views", type=int, metavar="N",
+                        help="ask the teacher once, about N crops and mirrorings of each training image")
     parser.add_argument("--temperature", type=float, help="of the distillation (4)")
     parser.add_argument("--distillation-weight", type=float, help="of the teacher's part in the loss (0.9)")
     parser.add_argument("--start", metavar="CHECKPOINT", help="begin with the weights of this checkpoint")
@@ -128,6 +131,8 @@ def check_settings(settings):
             upper = "" if high == math.inf else f" and at most {high:g}"
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {low:g}{upper}")
     epochs, sparsity = settings["epochs"], settings["sparsity"]
+    if settings["teacher_views"] and (not settings["teacher"] or settings["recipe"] == "published"):
+        raise ValueError("--teacher-views needs a --teacher to ask, and does not go with --recipe published")
     if settings.get("weights") == "lsq" and settings["recipe"] == "published":
         raise ValueError("--weights lsq does not go with --recipe published, which trains with floats; leave one out")
     if settings.get("weights") == "lsq" and settings["pruning"] in SHRINKING:

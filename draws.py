@@ -1,4 +1,4 @@
-"""Random draws for mixing, from the one generator that a run saves.
+"""Random draws for mixing, from the one generator that a run saves, and the boxes that they place.
 
 torch.distributions takes no generator, so that a resumed run could not repeat
 its draws; these do.
@@ -26,3 +26,11 @@ def draw_shares(alpha, probability, count, generator, device):
     share = draw_beta(alpha, count, generator, device)
     mixed = torch.rand(count, generator=generator, device=device) < probability
     return torch.where(mixed, share, torch.ones_like(share))
+
+
+def span(centre, side, size):
+    """Which positions of an axis a box covers, (N, size) bool, and how many after clipping, (N,)."""
+    half = (side * size).long() // 2
+    first, last = (centre - half).clamp_min(0), (centre + half).clamp_max(size)
+    position = torch.arange(size, device=centre.device)
+    return (position >= first[:, None]) & (position < last[:, None]), last - first

@@ -8,7 +8,7 @@ probabilities, so that label smoothing and distillation compose with it.
 """
 import torch
 
-from draws import draw_shares
+from draws import draw_shares, span
 
 
 def cutmix(images, targets, generator, alpha=1.0, probability=1.0, per_sample=False):
@@ -45,11 +45,3 @@ def paste(images, targets, partner, share, rows, columns):
     inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
     kept = (1 - tall * wide / (height * width)).to(targets.dtype)[:, None]
     return torch.where(inside, images[partner], images), kept * targets + (1 - kept) * targets[partner]
-
-
-def span(centre, side, size):
-    """Which positions of an axis a box covers, (N, size) bool, and how many after clipping, (N,)."""
-    half = (side * size).long() // 2
-    first, last = (centre - half).clamp_min(0), (centre + half).clamp_max(size)
-    position = torch.arange(size, device=centre.device)
-    return (position >= first[:, None]) & (position < last[:, None]), last - first

@@ -6,6 +6,10 @@ Hinton et al. 2015 (arXiv:1503.02531), section 2. `train.py` calls it in each st
 when --teacher names a checkpoint. The teacher sees the batch as the student does,
 so that it composes with CutMix and mixup, whose soft targets stay in the other
 part of the loss.
+
+With --teacher-views the teacher is asked once, about so many crops and mirrorings of every
+training image (Shen and Xing 2021, arXiv:2112.01528); the student sees just these, and
+mixes the stored logits as it mixes the images.
 """
 import torch
 import torch.nn.functional as F
@@ -27,3 +31,27 @@ def distilled(loss, logits, teacher_logits, temperature, weight):
     soft = F.kl_div(F.log_softmax(logits / temperature, 1), F.log_softmax(teacher_logits / temperature, 1),
                     reduction="batchmean", log_target=True)
     return weight * temperature**2 * soft + (1 - weight) * loss
+
+
+@torch.no_grad()
+def ask(teacher, batches, views, precision, chunk=500):
+    """Draw `views` crops and mirrorings of every chosen training image of `batches`, and ask the teacher about each.
+
+    precision: a context for its forward passes. Returns {"views": (N, views, 3) int8 of
+    `Batches.draw_moves`, "answers": (N, views, K) float16 logits}; rows of images that are not chosen are zero.
+    """
+    count, chosen = len(batches.images), batches.chosen
+    drawn = torch.zeros(count, views, 3, dtype=torch.int8, device=chosen.device)
+    answers = None
+    for number in range(views):
+        batches.epoch = number                     # alternating flips: half of the views are mirrored
+        for indices in chosen.split(chunk):
+            moves = batches.draw_moves(indices)
+            images = batches.normalise(batches.moved(indices, *moves).permute(0, 3, 1, 2))
+            with precision:
+                logits = teach(teacher, images)
+            if answers is None:
+                answers = torch.zeros(count, views, logits.shape[1], dtype=torch.float16, device=chosen.device)
+            drawn[indices, number] = torch.cat(moves, 1).to(torch.int8)
+            answers[indices, number] = logits.half()
+    return {"views": drawn, "answers": answers}

@@ -21,7 +21,8 @@ import parallel
 import pruning
 from experiment import autocast, begin_round, finish, newest, pair_average, resumable, save, start
 from set_cutmix_train import cutmix
-from set_distillation_train import distilled, teach
+from set_cutout_train import cutout
+from set_distillation_train import ask, distilled, teach
 from set_mixup_train import mixup
 from set_pruning_train import prune_on_schedule, reduce_filters, search_penalty
 from set_quantization_train import after_step, evaluation_weights, step_weights
@@ -49,6 +50,7 @@ SHUFFLE = True                # interleave the groups' channels, free, arXiv:170
 # SHUFFLE = False
 MIXING = "cutmix"             # two images share one picture, arXiv:1905.04899
 # MIXING = "mixup"            # two images averaged, arXiv:1710.09412
+# MIXING = "cutout"           # a square of each image is blanked, arXiv:1708.04552
 # MIXING = "none"
 WEIGHTS = "float"
 # WEIGHTS = "binary"          # -H or +H, by sign, arXiv:1511.00363
@@ -71,7 +73,7 @@ DEFAULTS = {
     "filter_threshold": 0.1, "filter_relative": True, "filter_columns": False, "filter_one_layer": False,
     "filter_interval": 2, "filter_stop": 0.6, "cycle": None, "cycle_settings": {}, "stop_loss": None, "start": None,
     "morph_cost": "macs", "morph_strength": 0.1, "morph_threshold": 0.01, "morph_budget": 0.5, "morph_round_to": 1,
-    "morph_device": None, "teacher": None, "temperature": 4.0, "distillation_weight": 0.9,
+    "morph_device": None, "teacher": None, "teacher_views": None, "temperature": 4.0, "distillation_weight": 0.9,
     "batch_size": 64, "lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
     "bias_lr": 1.0, "muon_lr": 0.02, "muon_momentum": 0.9, "muon_decay": 0.1, "keep_norm": False, "peak": None,
     "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "mix_per_sample": False,
@@ -88,7 +90,7 @@ RECIPES = {"published": {    # the run that this project started from; measure()
     "convolutions": "grouped", "optimizer": "sgd", "flips": "random",
 }}
 READ_EVERY = 50      # steps on CUDA, from one look at whether all were finite to the next
-MIXINGS = {"cutmix": cutmix, "mixup": mixup}
+MIXINGS = {"cutmix": cutmix, "mixup": mixup, "cutout": cutout}
 SHIPPED = Path(__file__).resolve().parent / "pretrained" / "resnet18_groups8_cifar10.pt.gz"
 
 
@@ -103,6 +105,8 @@ def fit(run):
     from tqdm import tqdm
     if run.optimizer is None:
         begin_round(run)
+    if run.settings["teacher_views"]:
+        take_views(run)
     epochs = run.settings["epochs"][run.round]
     images = len(run.train) * run.settings["batch_size"]
     try:
@@ -124,7 +128,9 @@ def fit(run):
 def run_epoch(run, bar):
     """One epoch: train, validate, record, save. Returns the row of history.csv."""
     begun, rate = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
-    run.train.epoch, pflop = len(run.history), pflop_of_epoch(run)
+    run.train.epoch = len(run.history)
+    before = run.history[-1].get("pflop") if run.history else 0.0      # a run may be older than the column
+    pflop = None if before is None else round(before + pflop_of_epoch(run), 6)
     loss, accuracy = train_epoch(run, bar)
     trained = time.perf_counter() - begun
     if run.settings["pruning"] == "filters":
@@ -145,7 +151,7 @@ def run_epoch(run, bar):
            "validation_loss": round(validation_loss, 4), "validation_accuracy": round(validation_accuracy, 2),
            "sparsity": round(pruning.sparsity_of(run.model), 5),
            "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
-           "pflop": round(pflop + (run.history[-1].get("pflop", 0.0) if run.history else 0.0), 6),
+           "pflop": pflop,
            "images_per_second": round(len(run.train) * run.settings["batch_size"] / trained, 1),
            "seconds": round(time.perf_counter() - begun, 1)}
     with checkpoint.uninterrupted():      # what is counted as done is on disk
@@ -189,11 +195,15 @@ def train_epoch(run, bar):
 def train_step(run, images, labels, step):
     """Mix, resize, forward, backward, update, mask, average. Returns loss and number of right answers, on device."""
     settings = run.settings
-    targets = F.one_hot(labels, run.architecture["num_classes"]).to(images.dtype)
+    classes = run.architecture["num_classes"]
+    targets = F.one_hot(labels, classes).to(images.dtype)
+    if run.settings["teacher_views"]:                  # what the teacher said is mixed as the labels are
+        targets = torch.cat([targets, run.train.answer], 1)
     if settings["mixing"] != "none":
         images, targets = MIXINGS[settings["mixing"]](images, targets, run.generator, settings["mix_alpha"],
                                                       settings["mix_probability"], settings["mix_per_sample"])
     images, targets = parallel.own_part(images, targets)
+    targets, answers = targets[:, :classes], targets[:, classes:]
     shown = resized(images, side_of(progress_of(run, step), images.shape[-1], settings["resize"],
                                     settings["resize_until"]))
     run.optimizer.zero_grad(set_to_none=True)
@@ -203,7 +213,7 @@ def train_step(run, images, labels, step):
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["label_smoothing"])
         if run.teacher is not None:
             with autocast(run.device, run.dtype):
-                taught = teach(run.teacher, images)
+                taught = answers if settings["teacher_views"] else teach(run.teacher, images)
             loss = distilled(loss, logits.float(), taught, settings["temperature"], settings["distillation_weight"])
         if run.search is not None:
             loss = loss + search_penalty(settings, run.model, run.search)
@@ -232,6 +242,9 @@ def pflop_of_epoch(run):
     settings, counted, spent = run.settings, {}, 0.0
     height, width, channels = cifar10.KINDS[settings["dataset"]].shape
     teacher = 0 if run.teacher is None else operations.macs_of(run.teacher, (channels, height, width))
+    if settings["teacher_views"]:
+        asked = 0 if run.history else settings["teacher_views"] * len(run.train.chosen)
+        spent, teacher = operations.step_pflop(0, asked, teacher), 0
     for step in range(len(run.train)):
         side = side_of(progress_of(run, step), width, settings["resize"], settings["resize_until"])
         if side not in counted:
@@ -239,6 +252,17 @@ def pflop_of_epoch(run):
             counted[side] = operations.macs_of(run.model, shape)
         spent += operations.step_pflop(counted[side], settings["batch_size"], teacher)
     return spent
+
+
+def take_views(run):
+    """Give the training batches the views of --teacher-views with the teacher's answers: asked once, kept in a file."""
+    path = run.out / "views.pt"
+    if run.train.views is None and not path.exists():
+        found = ask(run.teacher, run.train, run.settings["teacher_views"], autocast(run.device, run.dtype))
+        checkpoint.save(path, found)
+    if run.train.views is None:
+        held = checkpoint.read(path)
+        run.train.views, run.train.answers = (held[name].to(run.device) for name in ("views", "answers"))
 
 
 def networks_of(run):

@@ -40,6 +40,7 @@ SHUFFLE = True                # interleave the groups' channels, free, arXiv:170
 # SHUFFLE = False
 MIXING = "cutmix"             # two images share one picture, arXiv:1905.04899
 # MIXING = "mixup"            # two images averaged, arXiv:1710.09412
+# MIXING = "cutout"           # a square of each image is blanked, arXiv:1708.04552
 # MIXING = "none"
 WEIGHTS = "float"
 # WEIGHTS = "binary"          # -H or +H, by sign, arXiv:1511.00363

@@ -15,6 +15,7 @@ NETWORKS = [    # name, arguments, side of an image that is quick to compute
     ("cifar-quick", {}, 32), ("mobilenet", {}, 16), ("resnet20", {"shortcut": "A"}, 8), ("resnet20", {}, 8),
     ("resnet8-6-6-9", {}, 8), ("resnet8-4-6-9", {"shortcut": "A"}, 8),
     ("wrn-10-1", {}, 8), ("wrn-10-2", {}, 8), ("wrn-16-1", {}, 8),
+    ("vgg6-8-9-10", {}, 12), ("vgg9-8-9-10", {"activation": "gelu"}, 12),
 ]
 small = pytest.mark.parametrize(("name", "arguments", "side"), NETWORKS)
 residual = pytest.mark.parametrize(("name", "arguments", "side"), [each for each in NETWORKS if each[0][0] in "rw"])

@@ -244,3 +244,31 @@ def test_training_loader_crops_mirrors_shuffles_and_drops():
     for images, labels in batches:
         for sample, label in zip(pixels_of(images, kind), labels, strict=True):
             assert sample.tobytes() in crops_of(data.x_train[label])
+
+
+def test_alternating_flips_mirror_each_image_in_every_second_epoch():
+    """Without crops: in two epochs running each image is seen once as it is and once mirrored, half of them first so."""
+    data = random_data(SMALL)
+    batches = cifar10.Batches(data.x_train, data.y_train, 8, SMALL, generator=torch.Generator().manual_seed(0), pad=0,
+                              alternating=True)
+    plain = list(cifar10.Batches(data.x_train, data.y_train, 40, SMALL))[0][0]
+    seen = []
+    for epoch in range(3):
+        batches.epoch = epoch
+        images = torch.cat([images for images, _ in batches])
+        distance = [(images - each).flatten(1).abs().sum(1).min().item() for each in plain]
+        mirrored = [(images - each.flip(2)).flatten(1).abs().sum(1).min().item() for each in plain]
+        assert all((as_is < 1e-3) != (turned < 1e-3) for as_is, turned in zip(distance, mirrored, strict=True))
+        seen.append([turned < 1e-3 for turned in mirrored])
+    assert seen[0] == seen[2]
+    assert all(first != second for first, second in zip(seen[0], seen[1], strict=True))
+    assert 8 < sum(seen[0]) < 32
+
+
+def test_alternating_flips_do_not_depend_on_what_the_generator_drew_before():
+    data, sides = random_data(SMALL), []
+    for drawn in (0, 5):
+        generator = torch.Generator().manual_seed(7)
+        torch.rand(drawn, generator=generator)
+        sides.append(cifar10.Batches(data.x_train, data.y_train, 8, SMALL, generator=generator, alternating=True).sides)
+    assert torch.equal(*sides)

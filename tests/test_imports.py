@@ -13,12 +13,13 @@ ROWS = [
      "study", "deployment"},
     {"experiment"},
     {"set_cutmix_train", "set_mixup_train", "set_pruning_train", "set_quantization_train",
-     "set_distillation_train", "set_resizing_train"},
+     "set_distillation_train", "set_resizing_train", "set_cutout_train", "set_optimizer_train"},
     {"networks"},
     {"pruning", "filter_pruning", "morphnet", "binaryconnect", "quantization"},
     {"models", "onnx_files", "integer_inference"},
+    {"vgg"},
     {"resnet_factorized", "cifar10", "checkpoint", "commandline", "compiling", "draws",
-     "parallel", "shrinking", "folders", "schedules"},
+     "parallel", "shrinking", "folders", "schedules", "operations"},
     {"packing"},
 ]
 FILES = sorted(ROOT.glob("*.py"))
