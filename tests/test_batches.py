@@ -247,7 +247,7 @@ def test_training_loader_crops_mirrors_shuffles_and_drops():
 
 
 def test_alternating_flips_mirror_each_image_in_every_second_epoch():
-    """Without crops: in two epochs running each image is seen once as it is and once mirrored, half of them first so."""
+    """Without crops: in two epochs running each image is seen as it is and mirrored, half of them first so."""
     data = random_data(SMALL)
     batches = cifar10.Batches(data.x_train, data.y_train, 8, SMALL, generator=torch.Generator().manual_seed(0), pad=0,
                               alternating=True)

@@ -1,13 +1,13 @@
 """Operations: multiply-adds against torch's counter, of a forward pass and of a whole training step."""
 import pytest
 import torch
+from sample_runs import history_of, start_training
+from samples import macs_by_torch, small
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import operations
 import train
-from sample_runs import history_of, start_training
-from samples import macs_by_torch, small
 
 
 @small
@@ -30,8 +30,8 @@ def test_a_training_step_counts_as_torch_counts_it(tmp_path):
 def test_a_history_adds_up_small_images_and_the_teacher(tmp_path):
     train.main("--dataset digits --limit 64 --batch-size 32 --epochs 1 --model lenet5 --mixing none --compile off "
                f"--device cpu --out {tmp_path / 'teacher'}".split())
-    train.main("--dataset digits --limit 64 --batch-size 32 --epochs 2 --model resnet8-4-4-4 --mixing none --compile off "
-               f"--resize 16 --teacher {tmp_path / 'teacher'} --device cpu --out {tmp_path / 'student'}".split())
+    train.main("--dataset digits --limit 64 --batch-size 32 --epochs 2 --model resnet8-4-4-4 --mixing none "
+               f"--compile off --resize 16 --teacher {tmp_path / 'teacher'} --device cpu --out {tmp_path / 'student'}".split())
     model, teacher = models.build("resnet8-4-4-4"), models.build("lenet5")
     small_step, step = (operations.step_pflop(operations.macs_of(model, (3, side, side)), 64,
                                               operations.macs_of(teacher, (3, 32, 32))) for side in (16, 32))

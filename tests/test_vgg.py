@@ -1,14 +1,15 @@
 """The dense network made for accuracy per operation: its stem, its form, its channels."""
 import pytest
 import torch
+from sample_runs import start_training
+from samples import images_of, lively
 
 import checkpoint
 import models
 import operations
 import shrinking
+import train
 import vgg
-from samples import images_of, lively
-from sample_runs import start_training
 
 DEEP, FLAT = "vgg9-6-8-10", "vgg6-6-8-10"
 
@@ -16,7 +17,7 @@ DEEP, FLAT = "vgg9-6-8-10", "vgg6-6-8-10"
 @pytest.mark.parametrize(("name", "parameters", "macs"), [("vgg6-64-256-256", 1_972_802, 118_147_360),
                                                           ("vgg9-128-512-512", 12_721_218, 615_201_056)])
 def test_size(name, parameters, macs):
-    """By hand: stem 24 (3 4 + 1); 31, 15, 7, 3 pixels a side behind it and the poolings; nine weights a channel pair."""
+    """By hand: stem 24 (3 4 + 1); 31, 15, 7 pixels a side; nine weights a channel pair."""
     model = models.build(name, activation="gelu")
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert operations.macs_of(model, (3, 32, 32)) == macs
@@ -50,7 +51,6 @@ def test_filters_begin_by_handing_their_inputs_on():
 
 
 def test_a_run_whitens_the_stem_and_never_trains_it(tmp_path):
-    import train
     run = start_training(tmp_path / "a", "--model", FLAT, "--optimizer", "muon", "--epochs", "1")
     before = run.model.conv1.weight.clone()
     expected = models.build(FLAT)

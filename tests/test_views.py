@@ -1,6 +1,10 @@
 """A teacher asked once: its views, its answers, what they cost, and that a run with them resumes."""
+import shlex
+
 import pytest
 import torch
+from sample_runs import assert_same_run, history_of, run_in_parts
+from samples import SMALL, random_data
 
 import cifar10
 import models
@@ -8,18 +12,16 @@ import operations
 import set_distillation_train
 import train
 import train_pruning
-from sample_runs import assert_same_run, history_of, run_in_parts
-from samples import SMALL, random_data
 from set_distillation_train import ask, teach
 
-FLAGS = ("--dataset digits --limit 64 --batch-size 32 --compile off --device cpu --mixing mixup --mix-probability 1 "
-         "--epochs 2 1 --sparsity 0.5 --model resnet8-4-4-4 --teacher-views 3").split()
+FLAGS = shlex.split("--dataset digits --limit 64 --batch-size 32 --compile off --device cpu --mixing mixup "
+                    "--mix-probability 1 --epochs 2 1 --sparsity 0.5 --model resnet8-4-4-4 --teacher-views 3")
 
 
 def batches_of(kind=SMALL, generator=0, **arguments):
     data = random_data(kind)
-    return cifar10.Batches(data.x_train, data.y_train, 10, kind, generator=torch.Generator().manual_seed(generator), pad=2,
-                           **arguments)
+    return cifar10.Batches(data.x_train, data.y_train, 10, kind, pad=2,
+                           generator=torch.Generator().manual_seed(generator), **arguments)
 
 
 class Mean(torch.nn.Module):
@@ -86,4 +88,4 @@ def test_logits_are_mixed_as_the_images_are(teacher, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", [[], ["--teacher", "x", "--recipe", "published"]])
 def test_views_need_a_teacher_and_our_own_batches(flags):
     with pytest.raises((ValueError, FileNotFoundError), match="teacher"):
-        train.main([*"--dataset digits --teacher-views 4".split(), *flags])
+        train.main([*["--dataset", "digits", "--teacher-views", "4"], *flags])
