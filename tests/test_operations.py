@@ -31,7 +31,8 @@ def test_a_history_adds_up_small_images_and_the_teacher(tmp_path):
     train.main("--dataset digits --limit 64 --batch-size 32 --epochs 1 --model lenet5 --mixing none --compile off "
                f"--device cpu --out {tmp_path / 'teacher'}".split())
     train.main("--dataset digits --limit 64 --batch-size 32 --epochs 2 --model resnet8-4-4-4 --mixing none "
-               f"--compile off --resize 16 --teacher {tmp_path / 'teacher'} --device cpu --out {tmp_path / 'student'}".split())
+               f"--compile off --resize 16 --teacher {tmp_path / 'teacher'} "
+               f"--device cpu --out {tmp_path / 'student'}".split())
     model, teacher = models.build("resnet8-4-4-4"), models.build("lenet5")
     small_step, step = (operations.step_pflop(operations.macs_of(model, (3, side, side)), 64,
                                               operations.macs_of(teacher, (3, 32, 32))) for side in (16, 32))

@@ -11,6 +11,7 @@ import models
 import resnet_factorized
 import shrinking
 import train
+import train_pruning
 from set_optimizer_train import Muon, filters_of, make_optimizer, orthogonal, parameter_groups
 
 SETTINGS = {**train.DEFAULTS, "optimizer": "muon"}
@@ -135,8 +136,9 @@ def test_momentum_shrinks_with_its_channels():
 
 
 def test_a_run_with_muon_resumes_to_the_bit_across_pruning(tmp_path):
-    flags = [*shlex.split("--dataset digits --limit 64 --batch-size 32 --compile off --device cpu --seed 3 --epochs 2 1 2 "
-                          "--sparsity 0.7 0.7 --model resnet8-8-8-8 --mixing cutout --bias-lr 2 --peak 0"), *SPEEDY]
+    flags = [*shlex.split("--dataset digits --limit 64 --batch-size 32 --compile off --device cpu --seed 3 "
+                          "--epochs 2 1 2 --sparsity 0.7 0.7 --model resnet8-8-8-8 --mixing cutout --bias-lr 2 "
+                          "--peak 0"), *SPEEDY]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_pruning.main([*flags, "--out", str(whole)])
     run_in_parts(lambda: train_pruning.main([*flags, "--out", str(parts)]), parts, 5)
@@ -148,9 +150,9 @@ def test_a_run_with_muon_resumes_to_the_bit_across_pruning(tmp_path):
 
 @pytest.mark.parametrize("weights", ["binary", "lsq"])
 def test_muon_trains_binary_and_few_bit_networks(weights, tmp_path):
-    run = start_rounds("--dataset", "digits", "--limit", "64", "--batch-size", "32", "--compile", "off", "--device",
-                       "cpu", "--epochs", "1", "--pruning", "polynomial", "--sparsity", "0.5", "--model", "resnet8-8-8-8",
-                       "--weights", weights, "--out", tmp_path / weights, *SPEEDY)
+    run = start_rounds("--dataset", "digits", "--limit", "64", "--batch-size", "32", "--compile", "off",
+                       "--device", "cpu", "--epochs", "1", "--pruning", "polynomial", "--sparsity", "0.5",
+                       "--model", "resnet8-8-8-8", "--weights", weights, "--out", tmp_path / weights, *SPEEDY)
     train.fit(run)
     assert run.history[-1]["sparsity"] == pytest.approx(0.5, abs=0.3)
     assert {"blocks" in group for group in run.optimizer.param_groups} == {True, False}
