@@ -118,6 +118,20 @@ def remove_partial(folder):
 
 # ---- reading
 
+def locate(path):
+    """The file that `path` names: itself, or model.pt where it is the folder of a run; FileNotFoundError where none is.
+
+    Scripts print the file that they read, so a folder's is named.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if (path / "model.pt").is_file():
+        return path / "model.pt"
+    way = f"{path / 'last.pt'} is where its run stands" if (path / "last.pt").is_file() else "name the file"
+    raise FileNotFoundError(f"{path} is a folder without model.pt, the result of a run; {way}")
+
+
 def read(path):
     """The dictionary in a checkpoint, tensors on the CPU; plain or compressed, masks and halves as they are.
 
@@ -306,9 +320,9 @@ def save_compact(path, network, eight_bits=False):
 
 
 def save_safetensors(path, network):
-    """Write a network's weights as safetensors, the structure as JSON in its metadata."""
+    """Write a network's weights as safetensors, the structure and its data set as JSON in its metadata."""
     from safetensors.torch import save as to_bytes
-    structure = {name: network[name] for name in ("architecture", "widths", "dataset")}
+    structure = {name: network[name] for name in ("architecture", "widths", "dataset", "kind") if name in network}
     weights = {name: tensor.contiguous() for name, tensor in network["weights"].items()}
     write(path, to_bytes(weights, {"format": str(FORMAT), "network": json.dumps(structure)}))
 
@@ -324,7 +338,10 @@ def read_safetensors(path, content):
         raise ValueError(f"{path} is damaged: {problem}") from None
     if "network" not in header:
         raise ValueError(f"{path} holds tensors alone; a network of this project has its structure in the metadata")
-    return {"format": int(header["format"]), **json.loads(header["network"]), "weights": weights}
+    try:
+        return {"format": int(header["format"]), **json.loads(header["network"]), "weights": weights}
+    except (KeyError, TypeError, ValueError, RecursionError) as problem:
+        raise ValueError(f"{path} has a structure in its metadata that cannot be read: {problem}") from None
 
 
 def compact_bytes(network, eight_bits=False):

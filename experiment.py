@@ -63,6 +63,10 @@ class Run:
     form: str = None              # of its grouped convolutions, see `compiling.compute_as`
     teacher: torch.nn.Module = None
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
+    kind: object = None           # `cifar10.Kind` of its images, as they were when they were loaded
+
+    def __post_init__(self):
+        self.kind = self.kind or cifar10.kind_of(self.settings["dataset"])
 
     @property
     def arithmetic(self):
@@ -84,7 +88,7 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
     `defaults`; a resumed run keeps what it was started with. recipes: {name: settings}.
     """
     lines, choices = commandline.read_lines(script)
-    parser = commandline.training_parser(description, choices, list(cifar10.KINDS))
+    parser = commandline.training_parser(description, choices, cifar10.HELP)
     more_flags(parser)
     given, state = vars(parser.parse_args(argv)), None
     if given.get("resume"):
@@ -132,13 +136,15 @@ def newest(name, folder="runs"):
 
 def prepare(settings, state):
     """A `Run` with its data loaded and its network built; folder and data are checked before any training."""
-    name = f"runs/{settings['dataset']}-{settings['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"runs/{Path(settings['dataset']).resolve().name}-{settings['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(parallel.agreed(settings["out"] or name))
     if state is None and parallel.leads() and out.is_dir() and any(out.iterdir()):
         way = "--resume continues it" if (out / "last.pt").exists() else "it has no checkpoint yet: delete it"
         raise ValueError(f"{out} holds another run; {way}, another --out starts a new one")
     settings["out"] = str(out)
-    architecture, kind = architecture_of(settings), cifar10.KINDS[settings["dataset"]]
+    architecture, kind = architecture_of(settings), cifar10.kind_of(settings["dataset"])
+    if state is not None and not settings["force"]:
+        cifar10.refuse_changed(settings["dataset"], state.get("kind"), kind)
     device = parallel.own_device(commandline.pick_device(settings["device"]), settings["device"])
     with parallel.leader_first():
         data = cifar10.load(settings["dataset"], settings["data"])
@@ -160,7 +166,8 @@ def prepare(settings, state):
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         model = model.to(memory_format=torch.channels_last)
-    run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, forward=model)
+    run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, kind=kind,
+              forward=model)
     if settings["teacher"]:
         run.teacher = load_teacher(settings["teacher"], architecture["num_classes"], device)
     if state is not None:
@@ -187,7 +194,7 @@ def make_batches(data, kind, settings, device, generator):
 def announce(run):
     """Compile where it pays, say what will run and for about how long, write config.json."""
     settings = run.settings
-    height, width, channels = cifar10.KINDS[settings["dataset"]].shape
+    height, width, channels = run.kind.shape
     shape = (settings["batch_size"], channels, height, width)
     images = len(run.train) * settings["batch_size"]
     done, whole = len(run.history), sum(settings["epochs"])
@@ -259,7 +266,7 @@ def begin_round(run):
     else:
         shape = one_cycle if settings["schedule"] == "one-cycle" else warm_cosine
         run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: shape(step / steps))
-    height, width, channels = cifar10.KINDS[settings["dataset"]].shape
+    height, width, channels = run.kind.shape
     run.search = start_search(settings, run.round, run.model, (channels, height, width))
     after_step(run.model, settings["weights"], settings["binary_scale"])      # binary training starts within [-H, H]
     run.average = copy.deepcopy(run.model).eval() if settings["averaging"] == "ema" else None
@@ -300,6 +307,7 @@ def autocast(device, dtype):
 def state_of(run):
     """Everything that continues `run` bit for bit, as plain types and tensors."""
     return {**checkpoint.network_of(run.model, run.architecture), "settings": run.settings,
+            "kind": cifar10.plain(run.kind),
             "masks": run.masks, "round": run.round, "epoch": run.epoch, "planned": run.planned, "form": run.form,
             "history": run.history,
             "average": checkpoint.weights_of(run.average) if run.average is not None else None,
@@ -355,7 +363,7 @@ def finish(run):
         network = checkpoint.network_of(run.model, run.architecture)
     for path in (run.out / "model.pt", run.settings["cycle_settings"].get("output_model_path")):
         if path:
-            checkpoint.save(path, {**network, "dataset": run.settings["dataset"]})
+            checkpoint.save(path, {**network, "dataset": run.settings["dataset"], "kind": cifar10.plain(run.kind)})
     print(f"{run.out}/model.pt: {100 * pruning.sparsity_of(run.model):.2f} % zeros, validation accuracy "
           f"{run.history[-1]['validation_accuracy']:.2f} %; next: python test.py --checkpoint {run.out}/model.pt")
 

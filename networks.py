@@ -35,7 +35,7 @@ def check_name(name):
 
 def architecture_of(settings):
     """What rebuilds the network; ValueError for one that cannot be, or that has not the layers to exclude."""
-    kind, name = cifar10.KINDS[settings["dataset"]], settings["model"]
+    kind, name = cifar10.kind_of(settings["dataset"]), settings["model"]
     architecture = {"name": name, "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
     if name in resnet_factorized.NETWORKS:
         architecture |= {"groups": settings["groups"], "shuffle": settings["shuffle"]}
@@ -57,20 +57,66 @@ def load_network(path, device="cpu"):
 
     Of an unfinished run's last.pt it is the averaged network, where there is one:
     that is what the validation accuracy was measured on. Of a packed file it is
-    the network in integers. Its `dataset` is filled in.
+    the network in integers. Its `dataset` is filled in; `assumed` where the file names none.
+    Raises ValueError for a file whose parts do not make a network.
     """
     state = checkpoint.read(path)
     if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("weights"), dict):
         raise ValueError(f"{path} holds no network: architecture or weights are missing")
-    state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset", "cifar10")
-    if state.get("average"):
-        state["weights"] = state["average"]
-    model = build(**state["architecture"])
-    if "integers" in state:
-        integer_inference.load_packed(model, state, path)
-    else:
-        checkpoint.load_weights(model, state["architecture"], state)
+    try:
+        named = state.get("dataset") or state.get("settings", {}).get("dataset")
+        state |= {"dataset": named or "cifar10", "assumed": named is None}
+        if not isinstance(state["dataset"], str):
+            raise TypeError(f"its data set is called {state['dataset']!r}")
+        if "kind" in state:
+            cifar10.kind_of(state["dataset"], state["kind"])
+        if state.get("average"):
+            state["weights"] = state["average"]
+        model = build(**state["architecture"])
+        if "integers" in state:
+            integer_inference.load_packed(model, state, path)
+        else:
+            checkpoint.load_weights(model, state["architecture"], state)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        named = "" if str(path) in reason else f"{path} holds no network that can be built: "
+        raise ValueError(named + reason) from None
     return model.eval().to(device), state
+
+
+def data_of(path, state, dataset=None):
+    """(name, `cifar10.Kind`) of the images that a network takes; mean and std are those it was trained with.
+
+    state: as `load_network` and `onnx_files.open_network` give it; dataset: another one
+    to feed it with, --dataset. ValueError where its channels, size or classes are not
+    those of the network.
+    """
+    own = dataset if dataset and state["assumed"] else state["dataset"]
+    kind = cifar10.kind_of(own, state.get("kind"))
+    theirs, channels, size = (state["architecture"].get(word, usual) for word, usual in
+                              (("num_classes", 10), ("in_channels", 3), ("size", None)))
+    refuse_misfit(path, (size and (size, size), channels, theirs), own, kind)
+    if not dataset or own == dataset:
+        return own, kind
+    other = cifar10.kind_of(dataset)
+    refuse_misfit(path, (kind.shape[:2], kind.shape[2], len(kind.classes)), dataset, other)
+    if kind.classes != other.classes:
+        ours, others = (", ".join(each.classes[:3]) for each in (kind, other))
+        raise ValueError(f"{path} tells the classes of {own} apart ({ours}, ...), not those of {dataset} ({others}, "
+                         "...); leave --dataset out")
+    return dataset, kind
+
+
+def refuse_misfit(path, form, dataset, kind):
+    """ValueError unless a network of `form`, (sides or None, channels, classes), takes a data set's images."""
+    (sides, channels, classes), (height, width, theirs) = form, kind.shape
+    if channels is not None and channels != theirs or sides and tuple(sides) != (height, width):
+        size = f"{sides[0]}x{sides[1]}, " if sides else ""
+        raise ValueError(f"{path} takes images of {size}{channels} channels, {dataset} has {height}x{width}, {theirs} "
+                         "channels; name the right one with --dataset")
+    if classes is not None and classes != len(kind.classes):
+        raise ValueError(f"{path} tells {classes} classes apart, {dataset} has {len(kind.classes)}; "
+                         "name the right one with --dataset")
 
 
 def load_teacher(path, classes, device):

@@ -329,8 +329,8 @@ def predict(model, batches, device, dtype=torch.float32):
 
 def find_checkpoint(given=None):
     """The checkpoint to read: the one given, else the newest run's model.pt, else the model that ships."""
-    if given:
-        return Path(given)
+    if given is not None:
+        return checkpoint.locate(given)
     try:
         return newest("model.pt")
     except FileNotFoundError:

@@ -19,7 +19,7 @@ ROWS = [
     {"models", "onnx_files", "integer_inference"},
     {"resnet_factorized", "cifar10", "checkpoint", "commandline", "compiling", "draws",
      "parallel", "shrinking"},
-    {"packing"},
+    {"packing", "originals", "pictures"},
 ]
 FILES = sorted(ROOT.glob("*.py"))
 LIGHT = [path for path in FILES if path.stem != "report"]      # report.py is tables and plots, and nothing imports it
