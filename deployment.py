@@ -197,6 +197,8 @@ def parse(argv):
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1 or not arguments.seconds > 0:
         raise ValueError("--repeats must be at least 1, --seconds above 0")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit {arguments.limit}: at least 1 test image is needed")
     return arguments
 
 

@@ -79,6 +79,8 @@ def load_network(path, device="cpu"):
             checkpoint.load_weights(model, state["architecture"], state)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
+        if not isinstance(problem, ValueError):
+            reason += f"; its architecture is {str(state['architecture'])[:300]}"
         named = "" if str(path) in reason else f"{path} holds no network that can be built: "
         raise ValueError(named + reason) from None
     return model.eval().to(device), state
