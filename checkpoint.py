@@ -118,6 +118,13 @@ def remove_partial(folder):
 
 # ---- reading
 
+def refuse_same(source, target, flag):
+    """ValueError where the file that `flag` is to write is the checkpoint that is read, by whatever name."""
+    source, target = Path(source), Path(target)
+    if source.exists() and target.exists() and source.samefile(target):
+        raise ValueError(f"{flag} {target} is the checkpoint itself ({source}), which would be lost; name another file")
+
+
 def locate(path):
     """The file that `path` names: itself, or model.pt where it is the folder of a run; FileNotFoundError where none is.
 

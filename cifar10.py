@@ -120,7 +120,7 @@ def refuse_changed(dataset, stored, kind):
 def read_folder(folder):
     """(Kind, Data) of a folder of pictures by class, scaled to 32x32; a mirrored one is taken to be of its class."""
     if not Path(folder).is_dir():
-        raise ValueError(f"no data set and no folder is called {str(folder)!r}; choose from {HELP}")
+        raise ValueError(f"no data set and no folder is called {str(folder)!r}; --dataset takes {HELP}")
     classes, arrays, mean, std = pictures.read_classes(folder, PICTURE)
     data = Data(*arrays)
     return Kind(PICTURE, (len(data.y_train), len(data.y_test)), mean, std, classes, True, ""), data

@@ -159,8 +159,7 @@ def main(argv):
     """Export one checkpoint and compare."""
     arguments = parse(argv)
     source, target = find_checkpoint(arguments.checkpoint), Path(arguments.out)
-    if source.exists() and target.exists() and source.samefile(target):
-        raise ValueError(f"--out {target} is the checkpoint itself ({source}), which would be lost; name another file")
+    checkpoint.refuse_same(source, target, "--out")
     with room_for(target):
         model, state = load_network(source)
         refuse_ending(ending_of(target), model, state)

@@ -94,7 +94,10 @@ def data_of(path, state, dataset=None):
     those of the network.
     """
     own = dataset if dataset and state["assumed"] else state["dataset"]
-    kind = cifar10.kind_of(own, state.get("kind"))
+    try:
+        kind = cifar10.kind_of(own, state.get("kind"))
+    except ValueError as problem:
+        raise ValueError(f"{path}: {problem}") from None
     theirs, channels, size = (state["architecture"].get(word, usual) for word, usual in
                               (("num_classes", 10), ("in_channels", 3), ("size", None)))
     refuse_misfit(path, (size and (size, size), channels, theirs), own, kind)

@@ -272,6 +272,8 @@ def main(argv):
         dataset = "cifar100" if arguments.classes == 100 else arguments.dataset
     else:
         source = find_checkpoint(arguments.checkpoint)
+        if arguments.csv:
+            checkpoint.refuse_same(source, arguments.csv, "--csv")
         model, state = load_network(source)
         dataset, stored = state["dataset"], state.get("kind")
     height, width, channels = cifar10.kind_of(dataset, stored).shape

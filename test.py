@@ -99,12 +99,13 @@ def draw_confusion(path, result):
 
 def print_result(result):
     """Accuracy, the table by class, and the sizes."""
+    width = max(14, *(len(row["name"]) + 2 for row in result["classes"]))
     print(f"accuracy {result['accuracy']:.2f} % of {result['images']:,} test images, loss {result['loss']:.4f}, "
           f"{result['seconds']:.1f} s on {result['device']}")
-    print(f"{result['precision']}\n\n{'class':14}{'images':>8}{'correct':>9}{'accuracy':>10}")
+    print(f"{result['precision']}\n\n{'class':{width}}{'images':>8}{'correct':>9}{'accuracy':>10}")
     for row in result["classes"]:
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2f} %"
-        print(f"{row['name']:14}{row['images']:8,}{row['correct']:9,}{accuracy:>10}")
+        print(f"{row['name']:{width}}{row['images']:8,}{row['correct']:9,}{accuracy:>10}")
     print("\nbytes on disk: " + ", ".join(f"{name} {size:,}" for name, size in result["bytes"].items()))
 
 
@@ -133,9 +134,8 @@ def main(argv):
     device, path = commandline.pick_device(arguments.device), find_checkpoint(arguments.checkpoint)
     if device.type == "cpu":
         compiling.keep_freed_memory()
-    picture = Path(arguments.picture or "")
-    if picture.is_file() and path.exists() and path.samefile(picture):
-        raise ValueError(f"--picture {picture} is the checkpoint itself, which would be lost; name another file")
+    if arguments.picture:
+        checkpoint.refuse_same(path, arguments.picture, "--picture")
     model, network = load_network(path, device)
     dataset, kind = data_of(path, network, arguments.dataset)
     if not arguments.json:

@@ -20,6 +20,7 @@ import deployment
 import export
 import networks
 import predict
+import profil
 import test as half_test
 import train
 from networks import load_network
@@ -130,8 +131,9 @@ def test_the_checkpoint_itself_is_not_written_over(small, no_data, exit_of, link
     for one, other in ((source, target), (target, source)):
         code, _, errors = exit_of(export.main, "--checkpoint", one, "--out", other)
         assert code == 2 and "is the checkpoint itself" in one_line(errors)
-        code, _, errors = exit_of(half_test.main, "--checkpoint", one, "--picture", other)
-        assert code == 2 and "is the checkpoint itself" in one_line(errors)
+        for main, flag in ((half_test.main, "--picture"), (profil.main, "--csv")):
+            code, _, errors = exit_of(main, "--checkpoint", one, flag, other)
+            assert code == 2 and f"{flag} {other} is the checkpoint itself" in one_line(errors)
     assert source.read_bytes() == content and target.read_bytes() == content
 
 

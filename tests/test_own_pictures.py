@@ -137,11 +137,17 @@ def test_a_copy_of_the_folder_is_tested_with_the_mean_of_the_training(own, tmp_p
     assert results[0]["loss"] == results[1]["loss"] and results[1]["dataset"] == str(copy)
 
 
-def test_the_folder_that_is_gone_is_named(own, shell, tmp_path):
+def test_the_folder_that_is_gone_is_named(own, tmp_path):
     state = checkpoint.read(own.model)
     checkpoint.save(tmp_path / "model.pt", {**state, "dataset": str(tmp_path / "gone")})
-    with pytest.raises(ValueError, match="no data set and no folder is called '.*gone'; choose from cifar10, .*folder"):
+    with pytest.raises(ValueError, match="no data set and no folder is called '.*gone'; --dataset takes cifar10, .*folder"):
         half_test.main(["--checkpoint", str(tmp_path / "model.pt")])
+
+
+def test_a_file_of_an_unknown_data_set_is_named(tmp_path):
+    path = save_network(tmp_path / "model.pt", {"dataset": "imagenet"})
+    with pytest.raises(ValueError, match="model.pt: no data set and no folder is called 'imagenet'"):
+        data_of(path, load_network(path)[1])
 
 
 def test_a_folder_without_its_path_in_the_name_of_a_run(own, monkeypatch, tmp_path):
