@@ -76,7 +76,8 @@ class Data(NamedTuple):
 def kind_of(dataset, stored=None):
     """The `Kind` of a data set: of its name, of a folder of pictures, or as a checkpoint has `stored` it (`plain`).
 
-    ValueError for what is neither a name nor a folder, and for what is stored in another form.
+    A name comes before a folder that is called the same; "./digits" is the folder.
+    ValueError for what is neither, and for what is stored in another form.
     """
     if stored is not None:
         return from_plain(dataset, stored)

@@ -100,11 +100,11 @@ def data_of(path, state, dataset=None):
         raise ValueError(f"{path}: {problem}") from None
     theirs, channels, size = (state["architecture"].get(word, usual) for word, usual in
                               (("num_classes", 10), ("in_channels", 3), ("size", None)))
-    refuse_misfit(path, (size and (size, size), channels, theirs), own, kind)
+    refuse_form(path, (size and (size, size), channels, theirs), own, kind)
     if not dataset or own == dataset:
         return own, kind
     other = cifar10.kind_of(dataset)
-    refuse_misfit(path, (kind.shape[:2], kind.shape[2], len(kind.classes)), dataset, other)
+    refuse_form(path, (kind.shape[:2], kind.shape[2], len(kind.classes)), dataset, other)
     if kind.classes != other.classes:
         ours, others = (", ".join(each.classes[:3]) for each in (kind, other))
         raise ValueError(f"{path} tells the classes of {own} apart ({ours}, ...), not those of {dataset} ({others}, "
@@ -112,7 +112,7 @@ def data_of(path, state, dataset=None):
     return dataset, kind
 
 
-def refuse_misfit(path, form, dataset, kind):
+def refuse_form(path, form, dataset, kind):
     """ValueError unless a network of `form`, (sides or None, channels, classes), takes a data set's images."""
     (sides, channels, classes), (height, width, theirs) = form, kind.shape
     if channels is not None and channels != theirs or sides and tuple(sides) != (height, width):
