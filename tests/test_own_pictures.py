@@ -140,7 +140,7 @@ def test_a_copy_of_the_folder_is_tested_with_the_mean_of_the_training(own, tmp_p
 def test_the_folder_that_is_gone_is_named(own, tmp_path):
     state = checkpoint.read(own.model)
     checkpoint.save(tmp_path / "model.pt", {**state, "dataset": str(tmp_path / "gone")})
-    with pytest.raises(ValueError, match="no data set and no folder is called '.*gone'; --dataset takes cifar10, .*folder"):
+    with pytest.raises(ValueError, match="no folder is called '.*gone'; --dataset takes cifar10, .*folder"):
         half_test.main(["--checkpoint", str(tmp_path / "model.pt")])
 
 
