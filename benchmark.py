@@ -48,7 +48,7 @@ def make_run(changes, arguments):
                 "dataset": arguments.dataset, "data": arguments.data, "device": arguments.device,
                 "out": "unused", "dry_run": True}
     run = experiment.prepare(settings, None)
-    height, width, channels = cifar10.KINDS[arguments.dataset].shape
+    height, width, channels = cifar10.kind_of(arguments.dataset).shape
     shape = (settings["batch_size"], channels, height, width)
     wanted = "off" if recipe == "published" else "auto"
     _, note = experiment.choose_computing(run, wanted, compiling.WORTH_COMPILING, shape)
@@ -136,7 +136,7 @@ def measure_training(arguments):
                 times[name].append(taken)
     for pipe in pipes.values():
         pipe.send(None)
-    data = cifar10.KINDS[arguments.dataset].counts[0]
+    data = cifar10.kind_of(arguments.dataset).counts[0]
     sizes = {"train": data - data // 10, "validation": data // 10}
     rows = {}
     for name, taken in times.items():
@@ -286,7 +286,7 @@ def parse(argv):
     """The flags of this script."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["inference", "training"])
-    parser.add_argument("--dataset", choices=list(cifar10.KINDS), default="cifar10", help="that training reads")
+    parser.add_argument("--dataset", default="cifar10", help="that training reads")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--images", type=int, default=1500, help="training: images a repeat and a part (1500)")
     parser.add_argument("--resize", type=int, metavar="PIXELS",

@@ -135,6 +135,13 @@ def find(path):
     return found
 
 
+def refuse_same(source, target, flag):
+    """ValueError where the file that `flag` is to write is the checkpoint that is read, by whatever name."""
+    source, target = Path(source), Path(target)
+    if source.exists() and target.exists() and source.samefile(target):
+        raise ValueError(f"{flag} {target} is the checkpoint itself ({source}), which would be lost; name another file")
+
+
 def read(path):
     """The dictionary in a checkpoint, tensors on the CPU; plain or compressed, masks and halves as they are.
 
@@ -325,9 +332,9 @@ def save_compact(path, network, eight_bits=False):
 
 
 def save_safetensors(path, network):
-    """Write a network's weights as safetensors, the structure as JSON in its metadata."""
+    """Write a network's weights as safetensors, the structure and its data set as JSON in its metadata."""
     from safetensors.torch import save as to_bytes
-    structure = {name: network[name] for name in ("architecture", "widths", "dataset")}
+    structure = {name: network[name] for name in ("architecture", "widths", "dataset", "kind") if name in network}
     weights = {name: tensor.contiguous() for name, tensor in network["weights"].items()}
     write(path, to_bytes(weights, {"format": str(FORMAT), "network": json.dumps(structure)}))
 
@@ -343,7 +350,10 @@ def read_safetensors(path, content):
         raise ValueError(f"{path} is damaged: {problem}") from None
     if "network" not in header:
         raise ValueError(f"{path} holds tensors alone; a network of this project has its structure in the metadata")
-    return {"format": int(header["format"]), **json.loads(header["network"]), "weights": weights}
+    try:
+        return {"format": int(header["format"]), **json.loads(header["network"]), "weights": weights}
+    except (KeyError, TypeError, ValueError, RecursionError) as problem:
+        raise ValueError(f"{path} has a structure in its metadata that cannot be read: {problem}") from None
 
 
 def compact_bytes(network, eight_bits=False):

@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100, MNIST and digits: from files on disk to batches on the device.
+"""CIFAR-10, CIFAR-100, SVHN, MNIST, Fashion-MNIST, digits, own pictures: from files on disk to batches on the device.
 
     data = load("cifar10", "data")                   # uint8 arrays, checked
     train, validation = split(data)                  # indices of 45,000 and 5,000, fixed
@@ -7,22 +7,27 @@
 
 `load` reads `data/<dataset>.npz` (a second); where there is none, torchvision's
 reader takes over, download and checksums included, and the `.npz` is written
-for the next start. `digits` ships with scikit-learn and needs no download.
+for the next start. `digits` ships with scikit-learn and needs no download. The
+name of a folder in place of a data set's reads the pictures in it (`pictures.py`).
 
 `Batches` keeps the whole set on the device as uint8 and crops, flips and
 normalises each sample there, so that no worker process is needed. People with a
 loop of their own take `loaders`: torchvision transforms and DataLoaders over the
 same splits.
 """
-import hashlib
+import contextlib
 import io
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+import originals
+import pictures
 
 
 class Kind(NamedTuple):
@@ -46,7 +51,15 @@ KINDS = {
                      tuple(f"class {label}" for label in range(100)), True, "CIFAR100"),
     "mnist": Kind((28, 28, 1), (60_000, 10_000), (0.1307,), (0.3081,), DIGITS, False, "MNIST"),
     "digits": Kind((32, 32, 3), (1_437, 360), (0.3054,) * 3, (0.3234,) * 3, DIGITS, False, ""),
+    "fashion-mnist": Kind((28, 28, 1), (60_000, 10_000), (0.2860,), (0.3530,),
+                          ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+                           "Ankle boot"), True, "FashionMNIST"),
+    "svhn": Kind((32, 32, 3), (73_257, 26_032), (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), DIGITS, False,
+                 "SVHN"),
 }
+PICTURE = (32, 32, 3)     # what one's own pictures are scaled to
+check_folder = originals.check_folder
+HELP = f"{', '.join(KINDS)}, or a folder that holds train/<class>/ and test/<class>/ with pictures"
 
 
 class Data(NamedTuple):
@@ -58,21 +71,78 @@ class Data(NamedTuple):
     y_test: np.ndarray
 
 
+# ---- what is known of a data set
+
+def kind_of(dataset, stored=None):
+    """The `Kind` of a data set: of its name, of a folder of pictures, or as a checkpoint has `stored` it (`plain`).
+
+    A name comes before a folder that is called the same; "./digits" is the folder.
+    ValueError for what is neither, and for what is stored in another form.
+    """
+    if stored is not None:
+        return from_plain(dataset, stored)
+    return KINDS[dataset] if dataset in KINDS else read_folder(dataset)[0]
+
+
+def plain(kind):
+    """A `Kind` as a dictionary of plain types, for a file."""
+    return {name: value if name == "flip" else list(value) for name, value in kind._asdict().items()
+            if name != "reader"}
+
+
+def from_plain(dataset, stored):
+    """The `Kind` that `plain` wrote; ValueError where the file holds something else."""
+    try:
+        kind = Kind(*(tuple(stored[name]) for name in Kind._fields[:5]), stored["flip"], "")
+        sizes, levels = kind.shape + kind.counts, kind.mean + kind.std
+        fits = (len(kind.shape) == 3 and len(kind.counts) == 2 and len(kind.mean) == len(kind.std) == kind.shape[2]
+                and all(type(size) is int and size > 0 for size in sizes) and type(kind.flip) is bool
+                and np.isfinite(np.array(levels, dtype=float)).all() and min(kind.std) > 0
+                and len(kind.classes) > 0 and all(isinstance(name, str) for name in kind.classes))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise ValueError(f"the file does not say of its data set {dataset} what it must: shape, counts, mean, std, "
+                         "classes and flip")
+    return kind
+
+
+def refuse_changed(dataset, stored, kind):
+    """ValueError where a folder of pictures is no longer as a checkpoint has `stored` it; None was never stored."""
+    before, now = (plain(each) for each in (kind_of(dataset, stored) if stored is not None else kind, kind))
+    changed = [name for name in now if before[name] != now[name]]
+    if changed:
+        raise ValueError(f"{dataset} is not as it was when the run began ({changed[0]}: {before[changed[0]]} then, "
+                         f"{now[changed[0]]} now); --force goes on with it as it is")
+
+
+# ---- from files to arrays
+
+def read_folder(folder):
+    """(Kind, Data) of a folder of pictures by class, scaled to 32x32; a mirrored one is taken to be of its class."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"no data set and no folder is called {str(folder)!r}; --dataset takes {HELP}")
+    classes, arrays, mean, std = pictures.read_classes(folder, PICTURE)
+    data = Data(*arrays)
+    return Kind(PICTURE, (len(data.y_train), len(data.y_test)), mean, std, classes, True, ""), data
+
+
 def load(dataset, root="data"):
-    """The data set called `dataset` ("cifar10", "cifar100", "mnist" or "digits") as `Data`.
+    """The data set called `dataset`, one of KINDS or a folder of pictures, as `Data`.
 
     root: the folder that holds, or will hold, `<dataset>.npz`. Raises ValueError
     for a file that is damaged or of another form, FileNotFoundError where there
     is none and it cannot be downloaded, OSError where the folder cannot be used.
     """
     if dataset not in KINDS:
-        raise ValueError(f"no data set is called {dataset!r}; choose from {', '.join(KINDS)}")
+        kind, data = read_folder(dataset)
+        return check(data, kind, dataset)
     path = Path(root) / f"{dataset}.npz"
     if path.exists():
         return check(read_npz(path), KINDS[dataset], path)
     if dataset == "digits":
         return check(read_digits(), KINDS[dataset], "scikit-learn's digits")
-    data = check(read_torchvision(dataset, Path(root)), KINDS[dataset], root)
+    data = check(Data(*originals.read_originals(dataset, KINDS[dataset], Path(root))), KINDS[dataset], root)
     write_npz(path, data)
     return data
 
@@ -138,87 +208,6 @@ def read_digits():
     return Data(images[train], labels[train], images[test], labels[test])
 
 
-def read_torchvision(dataset, root):
-    """The set through torchvision's reader, which downloads what is absent and checks it."""
-    datasets = import_torchvision().datasets
-    check_folder(root)
-    check_originals(datasets, dataset, root)
-    reader = getattr(datasets, KINDS[dataset].reader)
-    try:
-        train, test = reader(root, train=True, download=True), reader(root, train=False, download=True)
-    except (OSError, RuntimeError) as problem:
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise FileNotFoundError(
-            f"{dataset} is neither at {root / (dataset + '.npz')} nor in {root} as torchvision's files, and the "
-            f"download failed ({reason}); put {original_names(reader)} into {root}, "
-            "or try --dataset digits, which needs no download") from None
-    shape = KINDS[dataset].shape
-    return Data(*(array for part in (train, test) for array in
-                  (np.asarray(part.data).reshape(-1, *shape), np.asarray(part.targets))))
-
-
-def import_torchvision():
-    """torchvision, or RuntimeError with both versions where it does not fit the installed torch."""
-    try:
-        import torchvision.transforms.v2
-        return torchvision
-    except (ImportError, RuntimeError) as problem:
-        from importlib.metadata import PackageNotFoundError, version
-        try:
-            found = version("torchvision")
-        except PackageNotFoundError:
-            found = "absent"
-        raise RuntimeError(f"torch {torch.__version__} and torchvision {found} do not fit "
-                           f"({str(problem).splitlines()[0]}); "
-                           "mend it with: pip install --upgrade torch torchvision") from None
-
-
-def original_names(reader):
-    """What a person puts into the data folder when the download is impossible."""
-    if hasattr(reader, "filename"):
-        return f"{reader.filename} (md5 {reader.tgz_md5})"
-    return "MNIST/raw/ with " + ", ".join(name for name, _ in reader.resources)
-
-
-def check_originals(datasets, dataset, root):
-    """Refuse an altered original file before anything in it is unpickled: by torchvision's md5, MNIST's by size."""
-    reader = getattr(datasets, KINDS[dataset].reader)
-    if not hasattr(reader, "filename"):
-        check_idx_sizes(KINDS[dataset], root / "MNIST" / "raw")
-        return
-    expected = [(f"{reader.base_folder}/{part}", md5) for part, md5 in
-                (*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"]))]
-    for part, md5 in [(reader.filename, reader.tgz_md5), *expected]:
-        path = root / part
-        if path.exists():
-            found = hashlib.md5(path.read_bytes()).hexdigest()
-            if found != md5:
-                raise ValueError(f"{path} is truncated or altered: expected md5 {md5}, found {found} "
-                                 f"({path.stat().st_size:,} bytes); delete it or put the right file there")
-
-
-def check_idx_sizes(kind, folder):
-    """The unpacked files of MNIST, of which torchvision knows no checksum: a header and a byte a pixel or label."""
-    for part, count in zip(("train", "t10k"), kind.counts, strict=True):
-        for name, size in (("images-idx3", 16 + count * int(np.prod(kind.shape))), ("labels-idx1", 8 + count)):
-            path = folder / f"{part}-{name}-ubyte"
-            if path.exists() and path.stat().st_size != size:
-                raise ValueError(f"{path} is truncated or altered: expected {size:,} bytes, found "
-                                 f"{path.stat().st_size:,}; delete it or put the right file there")
-
-
-def check_folder(folder):
-    """Make `folder`; OSError with path and reason where that, or writing in it, is impossible."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as problem:
-        raise OSError(f"cannot write in {folder}: {problem.strerror}; choose another folder") from None
-
-
 def write_npz(path, data):
     """Write `data` for the next start: whole or not at all."""
     partial = path.with_suffix(".partial.npz")
@@ -226,18 +215,23 @@ def write_npz(path, data):
         np.savez(partial, **data._asdict())
         os.replace(partial, path)
     except OSError as problem:
-        partial.unlink(missing_ok=True)
-        print(f"note: {path} was not written ({problem.strerror}); the next start reads the original files again")
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        print(f"note: {path} was not written ({problem.strerror}); the next start reads the original files again",
+              file=sys.stderr)
 
 
 def split(data, validation=0.1, limit=None):
     """Indices of the training images for training and for validation: 45,000 and 5,000 of CIFAR-10.
 
     The order is a fixed permutation (NumPy's RandomState(0), whose stream is
-    frozen); its last tenth is the validation split. limit: at most so many in each.
+    frozen); its last tenth, of a small set at least one image, is the validation
+    split. limit: at most so many in each. ValueError for a set of one image.
     """
     order = np.random.RandomState(0).permutation(len(data.x_train))
-    cut = len(order) - int(len(order) * validation)
+    if len(order) < 2:
+        raise ValueError(f"{len(order)} training images: one is needed to train and one to validate")
+    cut = len(order) - max(1, int(len(order) * validation))
     return order[:cut][:limit], order[cut:][:limit]
 
 
@@ -354,7 +348,7 @@ def loaders(data, dataset, batch_size=32, workers=0, limit=None):
     The same splits as `split`; pad 4, random crop, mirror and normalise with
     torchvision's transforms. Shuffling draws from torch's global generator.
     """
-    transforms, kind = import_torchvision().transforms.v2, KINDS[dataset]
+    transforms, kind = originals.import_torchvision().transforms.v2, kind_of(dataset)
     plain = [transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True),
              transforms.Normalize(kind.mean, kind.std)]
     moved = [transforms.RandomCrop(kind.shape[:2], padding=4, padding_mode="reflect")]

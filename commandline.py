@@ -70,7 +70,7 @@ def training_parser(description, choices, datasets):
         if isinstance(values[0], bool):
             form = {"action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + group.lower(), help="overrides the technique line", **form)
-    parser.add_argument("--dataset", choices=datasets)
+    parser.add_argument("--dataset", help=datasets)
     parser.add_argument("--data", help="folder of the data set's files (data)")
     parser.add_argument("--epochs", type=int, nargs="+", help="of each round")
     parser.add_argument("--recipe", choices=["ours", "published"], help="published: as the original run trained")

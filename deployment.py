@@ -69,7 +69,7 @@ def write_form(source, path, data):
 
 def write_dense(path, dataset):
     """A checkpoint of dense ResNet-18 for the images of a data set, freshly initialised."""
-    kind = cifar10.KINDS[dataset]
+    kind = cifar10.kind_of(dataset)
     architecture = {"name": "resnet18", "num_classes": len(kind.classes), "in_channels": kind.shape[-1],
                     "groups": 1, "shuffle": False}
     network = checkpoint.network_of(networks.build(**architecture), architecture)
@@ -110,7 +110,7 @@ def test_form(form, path, batches):
 def measure(name, source, folder, data, arguments):
     """The rows of one network, a form each. Only what was trained is tested."""
     profile = json.loads(call(["profil.py", "--checkpoint", str(source), "--json"]))
-    kind, rows, accuracies = cifar10.KINDS[arguments.dataset], [], {}
+    kind, rows, accuracies = cifar10.kind_of(arguments.dataset), [], {}
     for form in forms_of(source):
         ending = FORMS[form]
         path = Path(folder) / f"network{ending}"
@@ -197,6 +197,8 @@ def parse(argv):
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1 or not arguments.seconds > 0:
         raise ValueError("--repeats must be at least 1, --seconds above 0")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit {arguments.limit}: at least 1 test image is needed")
     return arguments
 
 

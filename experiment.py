@@ -68,6 +68,10 @@ class Run:
     teacher: torch.nn.Module = None
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
     made: list = None             # folders made for it, until its first step; None: not to be given back
+    kind: object = None           # `cifar10.Kind` of its images, as they were when they were loaded
+
+    def __post_init__(self):
+        self.kind = self.kind or cifar10.kind_of(self.settings["dataset"])
 
     @property
     def arithmetic(self):
@@ -89,7 +93,7 @@ def start(script, description, defaults, recipes, argv, more_flags=lambda parser
     `defaults`; a resumed run keeps what it was started with. recipes: {name: settings}.
     """
     lines, choices = commandline.read_lines(script)
-    parser = commandline.training_parser(description, choices, list(cifar10.KINDS))
+    parser = commandline.training_parser(description, choices, cifar10.HELP)
     more_flags(parser)
     given, state = vars(parser.parse_args(argv)), None
     given |= {name: str(checkpoint.find(given[name])) for name in ("teacher", "start") if given.get(name)}
@@ -155,13 +159,15 @@ def prepare(settings, state):
 
     Nothing is written, but where a run goes on what a killed save left is removed.
     """
-    name = f"runs/{settings['dataset']}-{settings['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"runs/{Path(settings['dataset']).resolve().name}-{settings['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(parallel.agreed(settings["out"] or name))
     if state is None and parallel.leads():
         folders.refuse_used(out)
     settings["out"] = str(out)
     folders.check_files(settings, out, state is None)
-    architecture, kind = architecture_of(settings), cifar10.KINDS[settings["dataset"]]
+    architecture, kind = architecture_of(settings), cifar10.kind_of(settings["dataset"])
+    if state is not None and not settings["force"]:
+        cifar10.refuse_changed(settings["dataset"], state.get("kind"), kind)
     device = parallel.own_device(commandline.pick_device(settings["device"]), settings["device"])
     with parallel.leader_first():
         data = cifar10.load(settings["dataset"], settings["data"])
@@ -174,10 +180,10 @@ def prepare(settings, state):
     model = build(**quantization.without_bits(architecture)).to(device)
     start_from = settings["start"] or settings["cycle_settings"].get("input_model_path")
     if state is None and start_from:
-        load_start(model, architecture, start_from, settings["dataset"], settings["force"])
+        load_start(model, architecture, start_from, settings["dataset"], kind, settings["force"])
     elif state is None and hasattr(model, "whiten"):
         model.whiten(torch.cat([images for images, _ in calibration]))
-    check_resize(model, image_shape(settings["dataset"]), settings["resize"])
+    check_resize(model, image_shape(kind), settings["resize"])
     if "bits" in architecture:
         begin_bits(model, architecture["bits"], calibration if state is None else None)
     if device.type == "cpu" and settings["recipe"] != "published":
@@ -185,9 +191,10 @@ def prepare(settings, state):
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         model = model.to(memory_format=torch.channels_last)
-    run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, forward=model)
+    run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, kind=kind,
+              forward=model)
     if settings["teacher"]:
-        run.teacher = load_teacher(settings["teacher"], settings["dataset"], device, settings["force"])
+        run.teacher = load_teacher(settings["teacher"], settings["dataset"], kind, device, settings["force"])
     if state is not None:
         restore(run, state)
     check_training(run)
@@ -196,7 +203,7 @@ def prepare(settings, state):
 
 def check_training(run):
     """ValueError for what a step, or the pruning after a round, would fail at."""
-    settings, shape = run.settings, image_shape(run.settings["dataset"])
+    settings, shape = run.settings, image_shape(run.kind)
     sides = {settings["resize"] or shape[1], shape[1]}
     for side in sorted(sides):
         check_batch(run.model, settings["model"], settings["batch_size"], (shape[0], side, side))
@@ -222,7 +229,7 @@ def make_batches(data, kind, settings, device, generator):
 def announce(run):
     """Compile where it pays, say what will run and for about how long, write config.json."""
     settings = run.settings
-    height, width, channels = cifar10.KINDS[settings["dataset"]].shape
+    height, width, channels = run.kind.shape
     shape = (settings["batch_size"], channels, height, width)
     images = len(run.train) * settings["batch_size"]
     done, whole = len(run.history), sum(settings["epochs"])
@@ -297,7 +304,7 @@ def begin_round(run):
         peak = [] if settings["peak"] is None else [settings["peak"]]
         run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer,
                                                          lambda step: shape(step / steps, *peak))
-    height, width, channels = cifar10.KINDS[settings["dataset"]].shape
+    height, width, channels = run.kind.shape
     run.search = start_search(settings, run.round, run.model, (channels, height, width))
     after_step(run.model, settings["weights"], settings["binary_scale"])      # binary training starts within [-H, H]
     run.average = copy.deepcopy(run.model).eval() if settings["averaging"] == "ema" else None
@@ -328,6 +335,7 @@ def autocast(device, dtype):
 def state_of(run):
     """Everything that continues `run` bit for bit, as plain types and tensors."""
     return {**checkpoint.network_of(run.model, run.architecture), "settings": run.settings,
+            "kind": cifar10.plain(run.kind),
             "masks": run.masks, "round": run.round, "epoch": run.epoch, "planned": run.planned, "form": run.form,
             "history": run.history,
             "average": checkpoint.weights_of(run.average) if run.average is not None else None,
@@ -369,7 +377,7 @@ def finish(run):
         network = checkpoint.network_of(run.model, run.architecture)
     for path in (run.out / "model.pt", run.settings["cycle_settings"].get("output_model_path")):
         if path:
-            checkpoint.save(path, {**network, "dataset": run.settings["dataset"]})
+            checkpoint.save(path, {**network, "dataset": run.settings["dataset"], "kind": cifar10.plain(run.kind)})
     print(f"{run.out}/model.pt: {100 * pruning.sparsity_of(run.model):.2f} % zeros, validation accuracy "
           f"{run.history[-1]['validation_accuracy']:.2f} %; next: python test.py --checkpoint {run.out}/model.pt")
 

@@ -8,9 +8,11 @@ float32; .w8.onnx, with weights stored in 8 bits and computed in float32; .int8.
 calibrated on training images.
 Channels that pruning has cut off are removed first, exactly. What was written is
 read back and compared with the network on the test images before the command
-reports success.
+reports success. Every file names its data set, its classes, and the form, mean and std of its images.
 """
+import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ import onnx_files
 import packing
 import quantization
 import shrinking
-from networks import load_network
+from networks import data_of, load_network
 from train import find_checkpoint
 
 FORMATS = (".int8.pt.gz", ".pt.gz", ".safetensors", ".int8.onnx", ".w8.onnx", ".onnx", ".packed.gz")
@@ -39,38 +41,50 @@ def export(model, state, target, data=None):
     precision overflows; RuntimeError where a weight that was read back is not what
     was written.
     """
-    ending = next((ending for ending in FORMATS if str(target).endswith(ending)), None)
-    if ending is None:
-        raise ValueError(f"{target}: it must end in one of {', '.join(FORMATS)}")
+    ending = ending_of(target)
     refuse_ending(ending, model, state)
     removed = shrinking.remove_dead(model)
     quantization.to_grid(model)
-    network = {**checkpoint.network_of(model, state["architecture"]), "dataset": state["dataset"]}
-    kind = cifar10.KINDS[state["dataset"]]
+    kind = cifar10.kind_of(state["dataset"], state.get("kind"))
+    about = {"dataset": state["dataset"], "kind": cifar10.plain(kind)}
     if ending.endswith("onnx"):
-        onnx_files.write_onnx(model, target, (kind.shape[-1], *kind.shape[:2]))
-        if ending == ".int8.onnx":
-            onnx_files.quantize_onnx(target, target, calibration(data, kind))
-        elif ending == ".w8.onnx":
-            onnx_files.store_in_eight_bits(target, target)
-        forward = onnx_files.open_onnx(target)
-    elif ending == ".packed.gz":
+        write_onnx(model, ending, target, kind, about, data)
+        return onnx_files.open_onnx(target), removed
+    network = {**checkpoint.network_of(model, state["architecture"]), **about}
+    if ending == ".packed.gz":
         expected = {f"{name}.weight": model.get_submodule(name).integers() for name in quantization.bits_of(model)}
-        integer_inference.save_packed(target, model, {word: network[word] for word in ("architecture", "widths",
-                                                                                       "dataset")})
-        forward, _ = load_network(target)
-        refuse_difference(target, forward.state_dict(), expected)
+        integer_inference.save_packed(target, model, {name: network[name] for name in network if name != "weights"})
+    elif ending == ".safetensors":
+        expected = network["weights"]
+        checkpoint.save_safetensors(target, network)
     else:
-        if ending == ".safetensors":
-            expected = network["weights"]
-            checkpoint.save_safetensors(target, network)
-        else:
-            eight_bits = ending in EIGHT_BITS
-            expected = (packing.to_eight_bits if eight_bits else packing.to_half)(network["weights"])
-            checkpoint.save_compact(target, network, eight_bits)
-        forward, written = load_network(target)
-        refuse_difference(target, written["weights"], expected)
+        eight_bits = ending in EIGHT_BITS
+        expected = (packing.to_eight_bits if eight_bits else packing.to_half)(network["weights"])
+        checkpoint.save_compact(target, network, eight_bits)
+    forward, written = load_network(target)
+    refuse_difference(target, forward.state_dict() if ending == ".packed.gz" else written["weights"], expected)
     return forward, removed
+
+
+def write_onnx(model, ending, target, kind, about, data):
+    """Write a network as the ONNX file that `ending` says, whole or not at all; see `export`."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "network.onnx"
+        onnx_files.write_onnx(model, plain, (kind.shape[-1], *kind.shape[:2]), about)
+        if ending == ".int8.onnx":
+            onnx_files.quantize_onnx(plain, target, calibration(data, kind))
+        elif ending == ".w8.onnx":
+            onnx_files.store_in_eight_bits(plain, target)
+        else:
+            checkpoint.write(target, plain.read_bytes())
+
+
+def ending_of(target):
+    """Which of FORMATS the name of a file ends in; ValueError where none."""
+    ending = next((ending for ending in FORMATS if str(target).endswith(ending)), None)
+    if ending is None:
+        raise ValueError(f"{target}: it must end in one of {', '.join(FORMATS)}")
+    return ending
 
 
 def refuse_ending(ending, model, state):
@@ -79,6 +93,8 @@ def refuse_ending(ending, model, state):
         raise ValueError("the network is packed: its integers are what ships; export from the model.pt it came from")
     if ending in EIGHT_BITS and quantization.bits_of(model):
         raise ValueError("the network has few bits already and is not quantized again; .packed.gz holds its integers")
+    if ending == ".packed.gz" and not quantization.bits_of(model):
+        raise ValueError(integer_inference.FLOATS)
 
 
 def refuse_difference(target, written, expected):
@@ -106,28 +122,58 @@ def compare(model, forward, batches):
     return largest, changed, count
 
 
-def main(argv):
-    """Export one checkpoint and compare."""
+@contextlib.contextmanager
+def room_for(target):
+    """A block that writes `target`, in a folder that is made; folders made leave again where the block fails."""
+    made = [folder for folder in target.absolute().parents if not folder.exists()]
+    try:
+        if target.is_dir():
+            raise ValueError(f"{target} is a folder; --out names a file")
+        cifar10.check_folder(target.parent)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):       # one that holds something stays
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def parse(argv):
+    """The flags of this script."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", help="a run's model.pt or last.pt (the newest run's)")
+    parser.add_argument("--checkpoint", help="a run's folder, model.pt or last.pt (the newest run's)")
     parser.add_argument("--out", required=True, help=f"the file to write; it ends in {', '.join(FORMATS)}")
+    parser.add_argument("--dataset", help="its images, where they are not as the checkpoint says")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--limit", type=int, help="compare on so many test images (all)")
     parser.add_argument("--no-compare", action="store_true", help="without test images, so without their data set")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit {arguments.limit}: at least 1 test image is needed")
+    ending_of(arguments.out)
+    return arguments
+
+
+def main(argv):
+    """Export one checkpoint and compare."""
+    arguments = parse(argv)
     source, target = find_checkpoint(arguments.checkpoint), Path(arguments.out)
-    model, state = load_network(source)
-    needed = not arguments.no_compare or str(target).endswith(".int8.onnx")
-    data = cifar10.load(state["dataset"], arguments.data) if needed else None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    forward, removed = export(model, state, target, data)
+    checkpoint.refuse_same(source, target, "--out")
+    with room_for(target):
+        model, state = load_network(source)
+        refuse_ending(ending_of(target), model, state)
+        dataset, kind = data_of(source, state, arguments.dataset)
+        if state["assumed"]:
+            state["dataset"] = dataset
+        needed = not arguments.no_compare or ending_of(target) == ".int8.onnx"
+        data = cifar10.load(dataset, arguments.data) if needed else None
+        forward, removed = export(model, state, target, data)
     before, after = os.path.getsize(source), os.path.getsize(target)
     print(f"{source}: {before:,} bytes -> {target}: {after:,} bytes, {before / after:.1f} times smaller"
           + (f"; {removed:,} dead channels removed" if removed else ""))
     if not arguments.no_compare:
-        batches = cifar10.Batches(data.x_test[:arguments.limit], data.y_test[:arguments.limit], 250,
-                                  cifar10.KINDS[state["dataset"]])
+        batches = cifar10.Batches(data.x_test[:arguments.limit], data.y_test[:arguments.limit], 250, kind)
         largest, changed, count = compare(model, forward, batches)
         print(f"largest difference of a logit {largest:.3g}, {changed:,} of {count:,} predictions changed")
 

@@ -24,6 +24,8 @@ from torch import fx, nn
 import checkpoint
 import packing
 
+FLOATS = "a packed file holds a network of few bits, this one has floats; --weights lsq trains one"
+
 # ---- integers packed to their bits
 
 def pack_integers(codes, bits):
@@ -119,7 +121,7 @@ def packed(model, network):
     """
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "weight_step")}
     if not layers:
-        raise ValueError("a packed file holds a network of few bits, this one has floats; --weights lsq trains one")
+        raise ValueError(FLOATS)
     norms = folded_norms(model)
     inside = tuple(f"{name}." for name in (*layers, *norms.values()))
     packing.refuse_overflow(model.state_dict(), torch.float32)

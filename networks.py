@@ -37,7 +37,7 @@ def check_name(name):
 
 def architecture_of(settings):
     """What rebuilds the network; ValueError for one that cannot be, or that has not the layers to exclude."""
-    kind, name = cifar10.KINDS[settings["dataset"]], settings["model"]
+    kind, name = cifar10.kind_of(settings["dataset"]), settings["model"]
     architecture = {"name": name, "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
     if name in resnet_factorized.NETWORKS:
         architecture |= {"groups": settings["groups"], "shuffle": settings["shuffle"]}
@@ -59,7 +59,8 @@ def load_network(path, device="cpu"):
 
     Of an unfinished run's last.pt it is the averaged network, where there is one:
     that is what the validation accuracy was measured on. Of a packed file it is
-    the network in integers. Its `dataset` is filled in.
+    the network in integers. Its `dataset` is filled in; `assumed` where the file names none.
+    Raises ValueError for a file whose parts do not make a network.
     """
     path = checkpoint.find(path)
     return network_of(path, read_network(path), device)
@@ -67,14 +68,21 @@ def load_network(path, device="cpu"):
 
 def network_of(path, state, device):
     """`load_network` of a file's dictionary."""
-    state["dataset"] = state["dataset"] or "cifar10"
-    if state.get("average"):
-        state["weights"] = state["average"]
-    model = build(**state["architecture"])
-    if "integers" in state:
-        integer_inference.load_packed(model, state, path)
-    else:
-        checkpoint.load_weights(model, state["architecture"], state)
+    state |= {"dataset": state["dataset"] or "cifar10", "assumed": state["dataset"] is None}
+    try:
+        if state.get("average"):
+            state["weights"] = state["average"]
+        model = build(**state["architecture"])
+        if "integers" in state:
+            integer_inference.load_packed(model, state, path)
+        else:
+            checkpoint.load_weights(model, state["architecture"], state)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        if not isinstance(problem, ValueError):
+            reason += f"; its architecture is {str(state['architecture'])[:300]}"
+        named = "" if str(path) in reason else f"{path} holds no network that can be built: "
+        raise ValueError(named + reason) from None
     return model.eval().to(device), state
 
 
@@ -83,27 +91,76 @@ def read_network(path):
     state = checkpoint.read(path)
     if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("weights"), dict):
         raise ValueError(f"{path} holds no network: architecture or weights are missing")
-    state["dataset"] = state.get("dataset") or state.get("settings", {}).get("dataset")
+    settings = state.get("settings", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no network: its settings are no dictionary")
+    named = state.get("dataset") or settings.get("dataset")
+    if not (named is None or isinstance(named, str)):
+        raise ValueError(f"{path} holds no network that can be built: its data set is called {named!r}")
+    state["dataset"] = named
+    if state.get("kind") is not None:
+        try:
+            cifar10.kind_of(named or "cifar10", state["kind"])
+        except ValueError as problem:
+            raise ValueError(f"{path} holds no network that can be built: {problem}") from None
     return state
 
 
-def load_teacher(path, dataset, device, force=False):
+def data_of(path, state, dataset=None):
+    """(name, `cifar10.Kind`) of the images that a network takes; mean and std are those it was trained with.
+
+    state: as `load_network` and `onnx_files.open_network` give it; dataset: another one
+    to feed it with, --dataset. ValueError where its channels, size or classes are not
+    those of the network.
+    """
+    own = dataset if dataset and state["assumed"] else state["dataset"]
+    try:
+        kind = cifar10.kind_of(own, state.get("kind"))
+    except ValueError as problem:
+        raise ValueError(f"{path}: {problem}") from None
+    theirs, channels, size = (state["architecture"].get(word, usual) for word, usual in
+                              (("num_classes", 10), ("in_channels", 3), ("size", None)))
+    refuse_form(path, (size and (size, size), channels, theirs), own, kind)
+    if not dataset or own == dataset:
+        return own, kind
+    other = cifar10.kind_of(dataset)
+    refuse_form(path, (kind.shape[:2], kind.shape[2], len(kind.classes)), dataset, other)
+    if kind.classes != other.classes:
+        ours, others = (", ".join(each.classes[:3]) for each in (kind, other))
+        raise ValueError(f"{path} tells the classes of {own} apart ({ours}, ...), not those of {dataset} ({others}, "
+                         "...); leave --dataset out")
+    return dataset, kind
+
+
+def refuse_form(path, form, dataset, kind):
+    """ValueError unless a network of `form`, (sides or None, channels, classes), takes a data set's images."""
+    (sides, channels, classes), (height, width, theirs) = form, kind.shape
+    if channels is not None and channels != theirs or sides and tuple(sides) != (height, width):
+        size = f"{sides[0]}x{sides[1]}, " if sides else ""
+        raise ValueError(f"{path} takes images of {size}{channels} channels, {dataset} has {height}x{width}, {theirs} "
+                         "channels; name the right one with --dataset")
+    if classes is not None and classes != len(kind.classes):
+        raise ValueError(f"{path} tells {classes} classes apart, {dataset} has {len(kind.classes)}; "
+                         "name the right one with --dataset")
+
+
+def load_teacher(path, dataset, kind, device, force=False):
     """The network that teaches, on the device, without gradients; ValueError where it does not fit the student's data.
 
     force: it may be of another data set, of images and a number of classes like those of `dataset`.
     """
     state = read_network(path)
-    refuse_misfit(f"the teacher in {path}", state["architecture"], dataset)
+    refuse_misfit(f"the teacher in {path}", state["architecture"], dataset, kind)
     refuse_stranger(f"the teacher in {path}", state["dataset"], dataset, force)
     teacher, _ = network_of(path, state, device)
     try:
-        teacher(torch.zeros(1, *image_shape(dataset), device=device))
+        teacher(torch.zeros(1, *image_shape(kind), device=device))
     except (RuntimeError, ValueError) as problem:
         raise ValueError(f"the teacher in {path} does not take the images of {dataset}: {problem}") from None
     return teacher.requires_grad_(False)
 
 
-def load_start(model, architecture, path, dataset, force=False):
+def load_start(model, architecture, path, dataset, kind, force=False):
     """Put the weights of the checkpoint --start into a network of floats, those of few bits without their steps.
 
     force: they may be of another data set than `dataset`.
@@ -111,26 +168,25 @@ def load_start(model, architecture, path, dataset, force=False):
     state = read_network(path)
     if "integers" in state:
         raise ValueError(f"{path} is packed: its integers do not train; start from the model.pt that it came from")
-    refuse_misfit(f"the network in {path}", state["architecture"], dataset)
+    refuse_misfit(f"the network in {path}", state["architecture"], dataset, kind)
     refuse_stranger(f"the network in {path}", state["dataset"], dataset, force)
     checkpoint.load_weights(model, quantization.without_bits(architecture), quantization.without_steps(state))
 
 
 # ---- a network and a data set
 
-def image_shape(dataset):
-    """(C, H, W) of one image of a data set."""
-    height, width, channels = cifar10.KINDS[dataset].shape
+def image_shape(kind):
+    """(C, H, W) of one image of a data set, which its `cifar10.Kind` has as (H, W, C)."""
+    height, width, channels = kind.shape
     return channels, height, width
 
 
-def refuse_misfit(what, architecture, dataset):
+def refuse_misfit(what, architecture, dataset, kind):
     """ValueError where a network tells other classes apart than `dataset` has, or takes other images.
 
     what: what to call it. An architecture without a size takes images of any size, or of one that the forward pass
     alone can tell.
     """
-    kind = cifar10.KINDS[dataset]
     classes, channels = architecture.get("num_classes", 10), architecture.get("in_channels", 3)
     size = architecture.get("size", kind.shape[0])
     if classes != len(kind.classes):

@@ -4,8 +4,10 @@
     forward = open_onnx("model.onnx")                  # images -> logits, both tensors
     quantize_onnx("model.onnx", "model.int8.onnx", batches)
     store_in_eight_bits("model.onnx", "model.w8.onnx")
+    forward, state = open_network("model.onnx")        # with what the file says of its data set
 """
 import contextlib
+import json
 import logging
 import os
 import tempfile
@@ -18,11 +20,12 @@ import checkpoint
 import packing
 
 
-def write_onnx(model, path, shape):
+def write_onnx(model, path, shape, about=None):
     """Write `model`, in evaluation mode and float32 on the CPU, for any number of images of `shape` (C, H, W).
 
     Batch norm is folded into the convolutions before it. The file takes "images"
-    (N, C, H, W) and gives "logits" (N, K). Written whole or not at all.
+    (N, C, H, W) and gives "logits" (N, K); about, plain types, stands in its metadata
+    as JSON. Written whole or not at all.
     """
     was_training = model.training
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -34,13 +37,35 @@ def write_onnx(model, path, shape):
                               output_names=["logits"], dynamic_axes=axes, opset_version=17)
         finally:
             model.train(was_training)
-        checkpoint.write(path, Path(target).read_bytes())
+        checkpoint.write(path, with_metadata(target, {"network": json.dumps(about)} if about else {}))
+
+
+def with_metadata(path, texts):
+    """The bytes of an ONNX file with {key: text} as its metadata."""
+    from onnx import helper, load_model
+    network = load_model(str(path))
+    helper.set_model_props(network, texts)
+    return network.SerializeToString()
+
+
+def metadata_of(path):
+    """The metadata of an ONNX file, {key: text}."""
+    from onnx import load_model
+    return {held.key: held.value for held in load_model(str(path)).metadata_props}
 
 
 def open_onnx(path, threads=None):
     """A function from images (N, C, H, W), a float32 tensor, to logits (N, K), computed by ONNX Runtime on the CPU.
 
     Raises FileNotFoundError where there is no file, ValueError where it is no ONNX network.
+    """
+    return open_network(path, threads)[0]
+
+
+def open_network(path, threads=None):
+    """(`open_onnx`, {"architecture", "dataset", "assumed", "kind"}): what the file says of its network, for `data_of`.
+
+    A file of another origin says no more than its numbers of classes, channels and pixels.
     """
     import onnxruntime
     if not Path(path).is_file():
@@ -53,7 +78,24 @@ def open_onnx(path, threads=None):
     except Exception as problem:             # its errors have no common type
         raise ValueError(f"{path} is no ONNX network that can be read: {str(problem).splitlines()[0]}") from None
     name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    return (lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])), state_of(path, session)
+
+
+def state_of(path, session):
+    """What an opened file says of its network; see `open_network`. ValueError where that is in another form."""
+    images, logits = session.get_inputs()[0].shape, session.get_outputs()[0].shape
+    if len(session.get_inputs()) != 1 or len(images) != 4 or len(logits) != 2:
+        raise ValueError(f"{path} is no classifier of images: it takes {images} and gives {logits}")
+    channels, size, classes = (each if isinstance(each, int) else None for each in (images[1], images[2], logits[1]))
+    try:
+        about = json.loads(session.get_modelmeta().custom_metadata_map.get("network", "{}"))
+        named, kind = about.get("dataset"), about.get("kind")
+        if not (named is None or isinstance(named, str)):
+            raise TypeError("its data set is no name")
+    except (AttributeError, TypeError, ValueError) as problem:
+        raise ValueError(f"{path} has metadata that cannot be read: {problem}") from None
+    return {"architecture": {"num_classes": classes, "in_channels": channels, "size": size},
+            "dataset": named or "cifar10", "assumed": named is None, "kind": kind}
 
 
 def quantize_onnx(path, out, batches):
@@ -78,7 +120,7 @@ def quantize_onnx(path, out, batches):
         prepared, target = os.path.join(folder, "prepared.onnx"), os.path.join(folder, "int8.onnx")
         quantization.quant_pre_process(str(path), prepared)
         quantization.quantize_static(prepared, target, Reader(), per_channel=True)
-        checkpoint.write(out, Path(target).read_bytes())
+        checkpoint.write(out, with_metadata(target, metadata_of(path)))
 
 
 def store_in_eight_bits(path, out):

@@ -1,87 +1,110 @@
 """Say what is on a picture: `python predict.py cat.png photos/ --checkpoint model.pt.gz`.
 
-Pictures, or folders of them, of any size; each is cropped to its middle square
-and scaled to what the network takes. --checkpoint is a run's file, a compact or
-safetensors file, or an ONNX file, whose data set --dataset names.
+Pictures, or folders of them, of any size and mode; each is cropped to its middle
+square and scaled to what the network takes, as `pictures.py` says. --checkpoint is a
+run's folder or file, a compact or safetensors file, or an ONNX file; classes and form
+of the images stand in it. One picture that cannot be read does not keep the others
+from being told; it is named at the end, with exit code 2.
 """
 import json
+import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import cifar10
 import commandline
 import onnx_files
-from networks import load_network
+import pictures
+from networks import data_of, load_network
 from train import find_checkpoint
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
-
-def read_picture(path, kind):
+def read_picture(path, kind, background=pictures.WHITE):
     """A picture as the network takes it, (1, C, H, W) float, normalised; ValueError where the file is none."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-    height, width, channels = kind.shape
-    try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
-            square = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as problem:
-        reason = "its format is unknown" if isinstance(problem, UnidentifiedImageError) else str(problem)
-        raise ValueError(f"{path} is no picture that can be read: {reason}") from None
-    pixels = torch.from_numpy(np.array(square)).view(1, height, width, channels).permute(0, 3, 1, 2) / 255
+    pixels = torch.from_numpy(pictures.read_picture(path, kind.shape, background))[None].permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (kind.mean, kind.std))
     return (pixels - mean) / std
 
 
-def find_pictures(paths):
-    """The files named, and those in the folders named that end like pictures, in order."""
-    found = []
-    for path in map(Path, paths):
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS) if path.is_dir() else [path]
-        if not inside:
-            raise ValueError(f"{path} holds no picture")
-        found += inside
-    missing = [path for path in found if not path.exists()]
-    if missing:
-        raise FileNotFoundError(f"there is no file at {missing[0]}")
-    return found
+def find_pictures(path):
+    """The file named, or those in the folder named that end like pictures, in order; ValueError where none is there."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"there is no file at {path}")
+    if not path.is_dir():
+        return [path]
+    inside = sorted(file for file in path.iterdir() if file.suffix.lower() in pictures.ENDINGS)
+    if not inside:
+        raise ValueError(f"{path} holds no picture")
+    return inside
 
 
 @torch.no_grad()
-def predict(forward, path, kind, top):
+def predict(forward, path, kind, top, background=pictures.WHITE):
     """[(class, probability)] of the `top` most likely classes of one picture."""
-    shares = forward(read_picture(path, kind)).softmax(1)[0]
+    shares = forward(read_picture(path, kind, background)).softmax(1)[0]
     best = shares.topk(min(top, len(shares)))
     return [(kind.classes[index], share) for share, index in zip(best.values.tolist(), best.indices.tolist(),
                                                                  strict=True)]
 
 
-def main(argv):
-    """Predict each picture."""
+def predict_all(paths, tell):
+    """Call tell(picture) for each picture of the files and folders; a list of what was wrong with the others."""
+    wrong = []
+    for path in paths:
+        try:
+            found = find_pictures(path)
+        except (ValueError, OSError) as problem:
+            wrong.append((path, str(problem)))
+            continue
+        for picture in found:
+            try:
+                tell(picture)
+            except ValueError as problem:
+                wrong.append((str(picture), str(problem)))
+    return wrong
+
+
+def parse(argv):
+    """The flags of this script."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("pictures", nargs="+", help="files or folders")
-    parser.add_argument("--checkpoint", help="a run's file, a compact, safetensors or ONNX file (the newest run's)")
-    parser.add_argument("--dataset", choices=list(cifar10.KINDS), help="whose classes an ONNX file tells (cifar10)")
+    parser.add_argument("--checkpoint", help="a run's folder or file, a compact, safetensors or ONNX file (the newest "
+                        "run's)")
+    parser.add_argument("--dataset", help="whose classes the network tells, where its file does not say (cifar10)")
+    parser.add_argument("--background", default="white", help="colour behind what is transparent: a name or #rrggbb "
+                        "(white)")
     parser.add_argument("--top", type=int, default=1, help="so many classes a picture (1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a picture")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     if arguments.top < 1:
         raise ValueError(f"--top {arguments.top}: at least 1 class")
-    pictures, path = find_pictures(arguments.pictures), find_checkpoint(arguments.checkpoint)
-    if path.suffix == ".onnx":
-        forward, dataset = onnx_files.open_onnx(path), arguments.dataset or "cifar10"
-    else:
-        forward, state = load_network(path)
-        dataset = arguments.dataset or state["dataset"]
-    for picture in pictures:
-        found = predict(forward, picture, cifar10.KINDS[dataset], arguments.top)
+    arguments.background = pictures.color_of(arguments.background)
+    return arguments
+
+
+def main(argv):
+    """Predict each picture."""
+    arguments = parse(argv)
+    path = find_checkpoint(arguments.checkpoint)
+    if arguments.checkpoint is None:
+        print(f"network: {path}", file=sys.stderr)
+    forward, state = (onnx_files.open_network if path.suffix == ".onnx" else load_network)(path)
+    _, kind = data_of(path, state, arguments.dataset)
+
+    def tell(picture):
+        found = predict(forward, picture, kind, arguments.top, arguments.background)
         if arguments.json:
             print(json.dumps({"picture": str(picture), "classes": dict(found)}))
         else:
             print(f"{picture}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in found))
+    wrong = predict_all(arguments.pictures, tell)
+    if arguments.json:
+        for picture, problem in wrong:
+            print(json.dumps({"picture": picture, "error": problem}))
+    if wrong:
+        raise ValueError("; ".join(problem for _, problem in wrong))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def parse(argv):
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="a run's model.pt or last.pt, or a compact file (the newest run's)")
     parser.add_argument("--model", metavar="NETWORK", help="an untrained network instead, by name")
-    parser.add_argument("--dataset", choices=list(cifar10.KINDS), default="cifar10", help="whose images it takes")
+    parser.add_argument("--dataset", default="cifar10", help="whose images it takes")
     parser.add_argument("--groups", type=int, default=8, help="of the untrained network")
     parser.add_argument("--classes", type=int, help="of the untrained network (the data set's)")
     parser.add_argument("--bits", type=int, nargs="+", default=[16], help="of weights, and of activations (16)")
@@ -268,13 +268,15 @@ def main(argv):
     """Profile a checkpoint or an untrained network."""
     arguments = parse(argv)
     if arguments.model:
-        model, source = untrained(arguments), "untrained"
+        model, source, stored = untrained(arguments), "untrained", None
         dataset = "cifar100" if arguments.classes == 100 else arguments.dataset
     else:
         source = find_checkpoint(arguments.checkpoint)
+        if arguments.csv:
+            checkpoint.refuse_same(source, arguments.csv, "--csv")
         model, state = load_network(source)
-        dataset = state["dataset"]
-    height, width, channels = cifar10.KINDS[dataset].shape
+        dataset, stored = state["dataset"], state.get("kind")
+    height, width, channels = cifar10.kind_of(dataset, stored).shape
     rows = count_layers(model, (channels, height, width))
     totals = totals_of(rows, arguments.bits[0], arguments.bits[-1], dataset)
     if arguments.csv:

@@ -20,7 +20,7 @@ import compiling
 import integer_inference
 import packing
 import quantization
-from networks import load_network
+from networks import data_of, load_network
 from train import find_checkpoint, predict
 
 
@@ -50,7 +50,7 @@ def bytes_of(path, model, network):
     """`sizes_of` a network; of one of few bits packed too, and that alone where it was read from such a file."""
     if "integers" in network:
         return {"packed": os.path.getsize(path)}
-    structure = {name: network[name] for name in ("architecture", "widths", "dataset")}
+    structure = {name: network[name] for name in ("architecture", "widths", "dataset", "kind") if name in network}
     sizes = sizes_of({**structure, "weights": network["weights"]})
     if quantization.bits_of(model):
         sizes["packed"] = len(integer_inference.packed_bytes(model.cpu(), structure))
@@ -99,21 +99,22 @@ def draw_confusion(path, result):
 
 def print_result(result):
     """Accuracy, the table by class, and the sizes."""
+    width = max(14, *(len(row["name"]) + 2 for row in result["classes"]))
     print(f"accuracy {result['accuracy']:.2f} % of {result['images']:,} test images, loss {result['loss']:.4f}, "
           f"{result['seconds']:.1f} s on {result['device']}")
-    print(f"{result['precision']}\n\n{'class':14}{'images':>8}{'correct':>9}{'accuracy':>10}")
+    print(f"{result['precision']}\n\n{'class':{width}}{'images':>8}{'correct':>9}{'accuracy':>10}")
     for row in result["classes"]:
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2f} %"
-        print(f"{row['name']:14}{row['images']:8,}{row['correct']:9,}{accuracy:>10}")
+        print(f"{row['name']:{width}}{row['images']:8,}{row['correct']:9,}{accuracy:>10}")
     print("\nbytes on disk: " + ", ".join(f"{name} {size:,}" for name, size in result["bytes"].items()))
 
 
 def parse(argv):
     """The flags of this script."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", help="a run's model.pt or last.pt, or a compact file (the newest run's)")
+    parser.add_argument("--checkpoint", help="a run's folder or file, or a compact file (the newest run's)")
     parser.add_argument("--precision", choices=list(quantization.DTYPES), default="half")
-    parser.add_argument("--dataset", choices=list(cifar10.KINDS), help="(the one it was trained on)")
+    parser.add_argument("--dataset", help="(the one it was trained on)")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--limit", type=int, help="only so many test images")
@@ -133,12 +134,10 @@ def main(argv):
     device, path = commandline.pick_device(arguments.device), find_checkpoint(arguments.checkpoint)
     if device.type == "cpu":
         compiling.keep_freed_memory()
+    if arguments.picture:
+        checkpoint.refuse_same(path, arguments.picture, "--picture")
     model, network = load_network(path, device)
-    dataset = arguments.dataset or network["dataset"]
-    kind = cifar10.KINDS[dataset]
-    if network["architecture"]["num_classes"] != len(kind.classes):
-        raise ValueError(f"{path} tells {network['architecture']['num_classes']} classes apart, "
-                         f"{dataset} has {len(kind.classes)}; name the right one with --dataset")
+    dataset, kind = data_of(path, network, arguments.dataset)
     if not arguments.json:
         print(f"network: {path}, trained on {network['dataset']}")
     data = cifar10.load(dataset, arguments.data)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import cifar10
 import commandline
 import compiling
 import operations
@@ -240,7 +239,7 @@ def progress_of(run, step):
 def pflop_of_epoch(run):
     """PFLOP of the training steps of the epoch that `run` stands before, the teacher's passes counted in."""
     settings, counted, spent = run.settings, {}, 0.0
-    height, width, channels = cifar10.KINDS[settings["dataset"]].shape
+    height, width, channels = run.kind.shape
     teacher = 0 if run.teacher is None else operations.macs_of(run.teacher, (channels, height, width))
     if settings["teacher_views"]:
         asked = 0 if run.history else settings["teacher_views"] * len(run.train.chosen)
@@ -377,7 +376,7 @@ def predict(model, batches, device, dtype=torch.float32):
 
 def find_checkpoint(given=None):
     """The checkpoint to read: the one given (of a folder its model.pt), else the newest run's, else what ships."""
-    if given:
+    if given is not None:
         return checkpoint.find(given)
     try:
         return newest("model.pt")

@@ -243,7 +243,7 @@ def test_npz_that_cannot_be_written_is_told_and_leaves_nothing_behind(tmp_path, 
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(np, "savez", disk_full)
     assert_same(cifar10.load("cifar10", tmp_path), data)
-    assert "No space left on device" in capsys.readouterr().out
+    assert "No space left on device" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.npz"))
 
 

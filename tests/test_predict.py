@@ -68,7 +68,7 @@ def test_what_is_no_picture_is_one_clear_error(trained, tmp_path, digit_pictures
     (tmp_path / "half.png").write_bytes(content[:len(content) // 2])
     with pytest.raises(ValueError, match="half.png is no picture that can be read"):
         predict.main([str(tmp_path / "half.png"), *checkpoint])
-    with pytest.raises(FileNotFoundError, match="there is no file at .*none.png"):
+    with pytest.raises(ValueError, match="there is no file at .*none.png"):
         predict.main([str(tmp_path / "none.png"), *checkpoint])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no picture"):

@@ -131,7 +131,7 @@ def edited(tmp_path, script, *changes):
 def test_a_line_commented_without_a_space_is_still_a_choice(tmp_path):
     """As many editors comment a line."""
     script = edited(tmp_path, "train.py", ("^MIXING = ", "#MIXING = "), ("^# MIXING = ", "#MIXING = "))
-    with pytest.raises(ValueError, match="train.py has 0 active MIXING lines.*'cutmix', 'mixup', 'none'"):
+    with pytest.raises(ValueError, match="train.py has 0 active MIXING lines.*'cutmix', 'mixup', 'cutout', 'none'"):
         commandline.read_lines(script)
 
 

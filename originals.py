@@ -1,0 +1,147 @@
+"""The original files of the data sets that torchvision knows: checked, unpacked, downloaded where they are absent.
+
+    x_train, y_train, x_test, y_test = read_originals("mnist", kind, Path("data"))
+"""
+import contextlib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def read_originals(dataset, kind, root):
+    """The four arrays of a data set through torchvision's reader, `kind.reader`; see `cifar10.Data`.
+
+    A folder that cannot be written is read where it holds every original. Raises
+    ValueError for a file that was altered, FileNotFoundError where one is absent and
+    cannot be downloaded, OSError where the folder cannot be used.
+    """
+    reader = getattr(import_torchvision().datasets, kind.reader)
+    check_originals(reader, kind, root)
+    flag, parts = ("split", ("train", "test")) if hasattr(reader, "split_list") else ("train", (True, False))
+    with place_for(reader, root) as place:
+        try:
+            train, test = (reader(place, **{flag: part}, download=True) for part in parts)
+        except (OSError, RuntimeError) as problem:
+            reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+            raise FileNotFoundError(
+                f"{dataset} is neither at {root / (dataset + '.npz')} nor in {root} as torchvision's files, and the "
+                f"download failed ({reason}); put {original_names(reader)} into {root}, "
+                "or try --dataset digits, which needs no download") from None
+    return [array for part in (train, test) for array in arrays_of(part, kind.shape)]
+
+
+def arrays_of(part, shape):
+    """(images (N, H, W, C), labels (N,)) of one of torchvision's data sets."""
+    images = np.asarray(part.data)
+    if hasattr(part, "split_list"):                # of SVHN: channels first, and labels by another name
+        return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), np.asarray(part.labels)
+    return images.reshape(-1, *shape), np.asarray(part.targets)
+
+
+def import_torchvision():
+    """torchvision, or RuntimeError with both versions where it does not fit the installed torch."""
+    try:
+        import torchvision.transforms.v2
+        return torchvision
+    except (ImportError, RuntimeError) as problem:
+        from importlib.metadata import PackageNotFoundError, version
+        try:
+            found = version("torchvision")
+        except PackageNotFoundError:
+            found = "absent"
+        raise RuntimeError(f"torch {torch.__version__} and torchvision {found} do not fit "
+                           f"({str(problem).splitlines()[0]}); "
+                           "mend it with: pip install --upgrade torch torchvision") from None
+
+
+# ---- the files
+
+def ways_of(reader):
+    """Lists of files below the data folder, each of them a whole set: packed, and unpacked where that differs."""
+    if hasattr(reader, "split_list"):
+        return [[reader.split_list[part][1] for part in ("train", "test")]]
+    if hasattr(reader, "filename"):
+        return [[reader.filename], [f"{reader.base_folder}/{part}" for part, _ in checked_parts(reader)]]
+    packed = [f"{reader.__name__}/raw/{name}" for name, _ in reader.resources]
+    return [packed, [name.removesuffix(".gz") for name in packed]]
+
+
+def checked_parts(reader):
+    """(name, md5) of every unpacked file of CIFAR."""
+    return [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
+
+
+def original_names(reader):
+    """What a person puts into the data folder when the download is impossible."""
+    if hasattr(reader, "filename"):
+        return f"{reader.filename} (md5 {reader.tgz_md5})"
+    if hasattr(reader, "split_list"):
+        return " and ".join(f"{reader.split_list[part][1]} (md5 {reader.split_list[part][2]})"
+                            for part in ("train", "test"))
+    return f"{reader.__name__}/raw/ with " + ", ".join(name for name, _ in reader.resources)
+
+
+def check_originals(reader, kind, root):
+    """Refuse an altered original file before anything in it is unpickled: by torchvision's md5, MNIST's by size."""
+    if hasattr(reader, "split_list"):
+        expected = [reader.split_list[part][1:] for part in ("train", "test")]
+    elif hasattr(reader, "filename"):
+        expected = [(reader.filename, reader.tgz_md5),
+                    *((f"{reader.base_folder}/{part}", md5) for part, md5 in checked_parts(reader))]
+    else:
+        check_idx_sizes(kind, root / reader.__name__ / "raw")
+        return
+    for part, md5 in expected:
+        path = root / part
+        if path.exists():
+            found = hashlib.md5(path.read_bytes()).hexdigest()
+            if found != md5:
+                raise ValueError(f"{path} is truncated or altered: expected md5 {md5}, found {found} "
+                                 f"({path.stat().st_size:,} bytes); delete it or put the right file there")
+
+
+def check_idx_sizes(kind, folder):
+    """The unpacked files of MNIST, of which torchvision knows no checksum: a header and a byte a pixel or label."""
+    for part, count in zip(("train", "t10k"), kind.counts, strict=True):
+        for name, size in (("images-idx3", 16 + count * int(np.prod(kind.shape))), ("labels-idx1", 8 + count)):
+            path = folder / f"{part}-{name}-ubyte"
+            if path.exists() and path.stat().st_size != size:
+                raise ValueError(f"{path} is truncated or altered: expected {size:,} bytes, found "
+                                 f"{path.stat().st_size:,}; delete it or put the right file there")
+
+
+@contextlib.contextmanager
+def place_for(reader, root):
+    """The folder that a reader may write in: `root`, else a passing one of links to its files, where they are whole."""
+    whole = [way for way in ways_of(reader) if all((root / name).exists() for name in way)]
+    try:
+        check_folder(root)
+    except OSError:
+        if not whole:
+            raise
+    else:
+        whole = []
+    if not whole:
+        yield root
+        return
+    with tempfile.TemporaryDirectory() as spare:
+        for name in {name for way in whole for name in way}:
+            (Path(spare) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(spare) / name).symlink_to((root / name).resolve())
+        yield Path(spare)
+
+
+def check_folder(folder):
+    """Make `folder`; OSError with path and reason where that, or writing in it, is impossible."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as problem:
+        raise OSError(f"cannot write in {folder}: {problem.strerror}; choose another folder") from None

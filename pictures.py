@@ -1,0 +1,166 @@
+"""Pictures on disk as arrays: of any size, format and mode, one by one or in folders by class.
+
+    pixels = read_picture("cat.png", (32, 32, 3))          # (32, 32, 3) uint8: its middle square, scaled
+    classes, arrays, mean, std = read_classes("data/mine", (32, 32, 3))
+
+A folder of one's own pictures is laid out as torchvision's ImageFolder reads it, twice:
+data/mine/train/<class>/... and data/mine/test/<class>/..., with the same classes.
+"""
+import functools
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+WHITE = (255, 255, 255)
+EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
+BITS, PHOTOMETRIC = 258, 262       # tags of a TIFF: bits of a value; 0 in the other: the highest is black
+
+
+# ---- one picture
+
+def read_picture(path, shape, background=WHITE):
+    """The middle square of a picture, scaled to `shape` (H, W, C), uint8; C is 3, or 1 for grey.
+
+    background: (R, G, B) that shows where it is transparent. ValueError where the file is
+    no picture, or of a mode that `to_rgb` refuses.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+    height, width, channels = shape
+    try:
+        with warnings.catch_warnings(), Image.open(path) as picture:
+            warnings.simplefilter("ignore")        # of oddities in files that can be read
+            picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
+            picture = to_rgb(picture, background)
+            square = ImageOps.fit(picture.convert("L") if channels == 1 else picture, (width, height),
+                                  Image.Resampling.BICUBIC)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is no picture that can be read: its format is unknown") from None
+    except Exception as problem:                   # Pillow reports damage in many types
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ValueError(f"{path} is no picture that can be read: {reason}") from None
+    return np.array(square).reshape(shape)
+
+
+def to_rgb(picture, background=WHITE):
+    """A PIL image of any mode as RGB of 8 bits; where it is transparent, `background` (R, G, B) shows.
+
+    16 bits, and floats from 0 to 1, are scaled. ValueError that names the mode where it
+    cannot be known which value is white.
+    """
+    from PIL import Image
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = to_eight_bits(picture)
+    if picture.mode not in EIGHT_BITS:
+        raise ValueError(f"its mode {picture.mode} is none of this project; save it as RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    if picture.mode == "La":                       # Pillow leads it to RGBA by way of LA alone
+        picture = picture.convert("LA")
+    canvas = Image.new("RGBA", picture.size, (*background, 255))
+    return Image.alpha_composite(canvas, picture.convert("RGBA")).convert("RGB")
+
+
+def to_eight_bits(picture):
+    """Grey of 16 bits or of floats from 0 to 1 as grey of 8 bits, mode L; LA where one value is transparent."""
+    from PIL import Image
+    values, tags = np.asarray(picture).astype(np.float64), getattr(picture, "tag_v2", {})
+    if picture.mode == "F":
+        white = 1
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(f"its mode F holds floats from {values.min():.4g} to {values.max():.4g}, not from 0 to 1; "
+                             "save it in 8 or 16 bits")
+    elif picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM"):      # older Pillow opens these as I
+        white = 2 ** tags.get(BITS, (16,))[0] - 1
+    else:
+        raise ValueError(f"its mode {picture.mode} holds integers of 32 bits, of which none is known to be white; "
+                         "save it in 8 or 16 bits")
+    shown = white - values if tags.get(PHOTOMETRIC) == 0 else values
+    grey = Image.fromarray((255 * shown / white).round().astype(np.uint8))
+    if not isinstance(picture.info.get("transparency"), int):
+        return grey
+    opaque = Image.fromarray(np.where(values == picture.info["transparency"], 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, opaque))
+
+
+def color_of(text):
+    """(R, G, B) of a colour's name, "white", or of "#rrggbb"; ValueError for what is none."""
+    from PIL import ImageColor
+    try:
+        color = ImageColor.getrgb(text)
+    except ValueError:
+        color = ()
+    if len(color) != 3:
+        raise ValueError(f"--background {text!r} is no colour; a name, as white, or #rrggbb is one")
+    return color
+
+
+# ---- folders of classes
+
+def read_classes(folder, shape):
+    """(class names in order, [x_train, y_train, x_test, y_test], mean, std) of a folder of pictures by class.
+
+    x: (N, *shape) uint8, y: (N,) int64; mean and std by channel of the training images,
+    scaled to [0, 1], rounded to four digits. ValueError for a folder without train/ or
+    test/, a class without pictures, classes that differ, and the first broken picture.
+    """
+    classes = list_classes(folder)
+    listing = tuple((part, label, file, file.stat().st_size, file.stat().st_mtime_ns)
+                    for part, by_name in classes.items() for label, name in enumerate(by_name)
+                    for file in by_name[name])
+    return tuple(classes["train"]), *read_listed(listing, shape)
+
+
+def list_classes(folder):
+    """{"train": {class: [files]}, "test": {class: [files]}}, all in order; see `read_classes`."""
+    classes = {}
+    for part in ("train", "test"):
+        inside = Path(folder) / part
+        if not inside.is_dir():
+            raise ValueError(f"{folder} has no folder {part}; pictures stand in {Path(folder) / 'train'}/<class>/ and "
+                             f"{Path(folder) / 'test'}/<class>/")
+        names = sorted(each.name for each in inside.iterdir() if each.is_dir() and not each.name.startswith("."))
+        if len(names) < 2:
+            raise ValueError(f"{inside} holds {', '.join(names) or 'no folder of a class'}; "
+                             "a classifier needs at least 2 classes, each a folder of pictures")
+        classes[part] = {name: files_in(inside / name) for name in names}
+        empty = [name for name, files in classes[part].items() if not files]
+        if empty:
+            raise ValueError(f"{inside / empty[0]} holds no picture; one ends in {', '.join(sorted(ENDINGS))}")
+    apart = sorted(classes["train"].keys() ^ classes["test"].keys())
+    if apart:
+        there, absent = ("train", "test") if apart[0] in classes["train"] else ("test", "train")
+        raise ValueError(f"{folder}: the class {apart[0]} is in {there} and not in {absent}; both must have the same "
+                         "classes")
+    return classes
+
+
+def files_in(folder):
+    """The pictures below a folder, to any depth, in torchvision's order; names with a dot in front are left out."""
+    return [Path(inside) / name for inside, _, names in sorted(os.walk(folder, followlinks=True))
+            for name in sorted(names) if Path(name).suffix.lower() in ENDINGS and not name.startswith(".")]
+
+
+@functools.lru_cache(maxsize=1)       # one start asks for a data set's classes, for its mean and for its images
+def read_listed(listing, shape):
+    """([x_train, y_train, x_test, y_test], mean, std) of (part, label, file, its size, its time) of every picture."""
+    arrays = []
+    for part in ("train", "test"):
+        chosen = [(label, file) for name, label, file, *_ in listing if name == part]
+        arrays += [np.stack([read_picture(file, shape) for _, file in chosen]),
+                   np.array([label for label, _ in chosen], dtype=np.int64)]
+    return arrays, *spread_of(arrays[0])
+
+
+def spread_of(images):
+    """(mean, std) by channel of (N, H, W, C) uint8, scaled to [0, 1]; no std is below half a step of 8 bits."""
+    level, found = np.arange(256) / 255, []
+    for channel in range(images.shape[-1]):
+        counts = sum(np.bincount(image[..., channel].ravel(), minlength=256) for image in images)
+        mean = counts @ level / counts.sum()
+        std = np.sqrt(counts @ (level - mean) ** 2 / counts.sum())
+        found.append((round(float(mean), 4), round(max(float(std), 0.5 / 255), 4)))
+    return tuple(mean for mean, _ in found), tuple(std for _, std in found)
