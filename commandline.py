@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 FREE = {"data", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
-FIXED = ("seed", "start", "cycle", "recipe", "optimizer", "bias_lr",
-         "teacher_views")       # not even --force changes them afterwards
-BEFORE = {"optimizer": "sgd", "flips": "random", "bias_lr": 1.0}       # of runs that are older than these settings
+FIXED = ("seed", "start", "cycle", "recipe", "optimizer", "bias_lr", "teacher_views",
+         "all_images")       # not even --force changes them afterwards
+# of runs that are older than these settings
+BEFORE = {"optimizer": "sgd", "flips": "random", "bias_lr": 1.0, "all_images": False}
 GRADUAL = ("polynomial", "constant")      # weights pruned while training, by a schedule; otherwise between rounds
 SHRINKING = ("filters", "l1_cycle", "morphnet")       # whole channels leave the network
 BOUNDS = {"pad": (0, 16), "batch_size": (1, math.inf), "limit": (2, math.inf), "lr": (1e-12, math.inf),
@@ -87,6 +88,8 @@ def training_parser(description, choices, datasets):
         parser.add_argument("--" + name, type=float, help=what)
     parser.add_argument("--keep-norm", action=argparse.BooleanOptionalAction,
                         help="Muon: each filter bank keeps one norm, in place of weight decay (no)")
+    parser.add_argument("--all-images", action="store_true",
+                        help="train on the validation images too, to compare with those who do")
     parser.add_argument("--mix-per-sample", action="store_true", help="each image is mixed with its own draw")
     parser.add_argument("--recalibrate", action="store_true",
                         help="recompute batch norm's statistics on training images after pruning and each round")
@@ -131,6 +134,8 @@ def check_settings(settings):
             upper = "" if high == math.inf else f" and at most {high:g}"
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {low:g}{upper}")
     epochs, sparsity = settings["epochs"], settings["sparsity"]
+    if settings["all_images"] and settings["recipe"] == "published":
+        raise ValueError("--all-images does not go with --recipe published, which keeps its own batches; leave one out")
     if settings["teacher_views"] and (not settings["teacher"] or settings["recipe"] == "published"):
         raise ValueError("--teacher-views needs a --teacher to ask, and does not go with --recipe published")
     if settings.get("weights") == "lsq" and settings["recipe"] == "published":

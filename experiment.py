@@ -213,10 +213,13 @@ def check_training(run):
 def make_batches(data, kind, settings, device, generator):
     """Batches of training, of validation, and of 5,000 training images as they are, for batch norm's statistics.
 
+    With --all-images the validation images are trained on, too, and what is measured on them says nothing.
     The published recipe takes torchvision's transforms and a DataLoader for the first two.
     """
     train, validation = cifar10.split(data, limit=settings["limit"])
     calibration = cifar10.Batches(data.x_train, data.y_train, 500, kind, device, chosen=train[:5_000])
+    if settings["all_images"]:
+        train = np.concatenate([train, validation])
     if settings["recipe"] == "published":
         shuffled, plain, _ = cifar10.loaders(data, settings["dataset"], settings["batch_size"],
                                              limit=settings["limit"])

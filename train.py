@@ -80,7 +80,7 @@ DEFAULTS = {
     "layer_bits": [], "activation": "relu", "pooling": "max", "shortcut": "B",
     "resize": None, "resize_until": 0.5,
     "recipe": "ours", "compile": "auto", "arithmetic": "auto", "convolutions": "auto", "device": "auto", "seed": 0,
-    "limit": None, "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
+    "limit": None, "all_images": False, "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
 }
 RECIPES = {"published": {    # the run that this project started from; measure() has its four passes an epoch
     "shuffle": False, "mixing": "cutmix", "mix_probability": 1.0, "schedule": "plateau", "averaging": "none",

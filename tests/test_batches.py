@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from samples import SMALL, assert_same, random_data
 
 import cifar10
+import experiment
+import train
 
 # ---- the split
 
@@ -272,3 +274,13 @@ def test_alternating_flips_do_not_depend_on_what_the_generator_drew_before():
         torch.rand(drawn, generator=generator)
         sides.append(cifar10.Batches(data.x_train, data.y_train, 8, SMALL, generator=generator, alternating=True).sides)
     assert torch.equal(*sides)
+
+
+def test_all_images_adds_the_validation_images_to_those_that_train(tmp_path):
+    flags = ["--dataset", "digits", "--batch-size", "7", "--model", "lenet5", "--compile", "off", "--device", "cpu"]
+    ours, whole = (experiment.start(train.__file__, "", train.DEFAULTS, train.RECIPES,
+                                    [*flags, *more, "--out", str(tmp_path / name)])
+                   for name, more in (("ours", []), ("whole", ["--all-images"])))
+    assert len(ours.train.chosen) + len(ours.validation.chosen) == 1_437 == len(whole.train.chosen)
+    assert set(whole.train.chosen.tolist()) == set(range(1_437))
+    assert torch.equal(ours.validation.chosen, whole.validation.chosen)
