@@ -5,13 +5,14 @@ the flag of the same name overrides it, so both mean the same.
 """
 import argparse
 import ast
+import io
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
+import tokenize
 import traceback
 from pathlib import Path
 
@@ -36,23 +37,114 @@ BOUNDS = {"pad": (0, 16), "batch_size": (1, math.inf), "limit": (2, math.inf), "
           "weight_bits": (1, 8), "activation_bits": (1, 8), "resize_until": (0, 1)}
 
 
+# ---- technique lines
+
+GROUPS = {"model": str, "groups": int, "shuffle": (True, False), "mixing": ("cutmix", "mixup", "cutout", "none"),
+          "weights": ("float", "binary", "binary-stochastic", "lsq"),
+          "pruning": ("rounds", "polynomial", "constant", "filters", "l1_cycle", "morphnet"),
+          "score": ("l1", "lamp"), "schedule": ("one-cycle", "cosine", "plateau"), "averaging": ("ema", "none"),
+          "optimizer": ("sgd", "muon"), "flips": ("random", "alternating")}
+CHOICES = {**GROUPS, "recipe": ("ours", "published"), "binary_scale": ("one", "glorot"),
+           "compile": ("auto", "on", "off"), "arithmetic": ("auto", "float32", "bfloat16"),
+           "convolutions": ("auto", "grouped", "dense")}
+ARITHMETIC = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Not,
+              ast.USub, ast.UAdd)
+
+
 def read_lines(path):
     """({group: value} of the active technique lines of a script, {group: [values]} of all its lines).
 
-    Raises ValueError with the group and its choices unless exactly one line of
-    each group is active.
+    The block goes from the comment `# ---- techniques` to the next `# ----`; within it
+    stand GROUP = value, such lines as comments, other comments, and blank lines.
+    ValueError with the group and its choices unless exactly one line of each group
+    is active and has a value of the group.
     """
-    block = Path(path).read_text().split("# ---- techniques", 1)[1].split("\n\n", 1)[0]
-    active, choices = {}, {}
-    for comment, group, value in re.findall(r"^(# *)?([A-Z]+) = (\S+)", block, re.MULTILINE):
-        choices.setdefault(group, []).append(ast.literal_eval(value))
-        active.setdefault(group, []).extend([] if comment else [ast.literal_eval(value)])
-    for group, values in active.items():
-        if len(values) != 1:
-            raise ValueError(f"{Path(path).name} has {len(values)} active {group} lines; leave one of "
+    name, active, choices = Path(path).name, {}, {}
+    for number, group, value, is_active in technique_lines(path):
+        if group.lower() not in GROUPS:
+            if is_active:
+                raise ValueError(f"{name}, line {number}: no group is called {group}; there are "
+                                 f"{', '.join(known.upper() for known in GROUPS)}")
+            continue
+        choices.setdefault(group, []).append(value)
+        active.setdefault(group, []).extend([(number, value)] * is_active)
+    for group, found in active.items():
+        if len(found) != 1:
+            raise ValueError(f"{name} has {len(found)} active {group} lines; leave one of "
                              f"{', '.join(map(repr, choices[group]))} without its #")
-    return {group.lower(): values[0] for group, values in active.items()}, choices
+        check_choice(group.lower(), found[0][1], f"{name}, line {found[0][0]}: {group} = {found[0][1]!r}")
+    return {group.lower(): found[0][1] for group, found in active.items()}, choices
 
+
+def technique_lines(path):
+    """[(line number, group, value, whether it is active)] of the block, in order; ValueError for another statement."""
+    name = Path(path).name
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+        statements = ast.parse(text).body
+    except (SyntaxError, ValueError) as problem:          # UnicodeDecodeError is a ValueError
+        where = f", line {problem.lineno}" if getattr(problem, "lineno", None) else ""
+        raise ValueError(f"{name}{where}: Python cannot read it: {getattr(problem, 'msg', problem)}") from None
+    comments = {token.start[0]: token.string for token in tokenize.generate_tokens(io.StringIO(text).readline)
+                if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#")}
+    heads = [number for number, comment in comments.items() if comment.startswith("# ----")]
+    first = next((number for number in heads if comments[number].startswith("# ---- techniques")), None)
+    if first is None:
+        raise ValueError(f"{name} has no line that starts with '# ---- techniques', above its technique lines")
+    last = next((number for number in heads if number > first), math.inf)
+    found = [(node.lineno, *read_line(node, f"{name}, line {node.lineno}"), True) for node in statements
+             if first < node.lineno < last]
+    for number, comment in comments.items():
+        if first < number < last:
+            found += commented_line(number, comment)
+    return sorted(found, key=lambda line: line[0])
+
+
+def commented_line(number, comment):
+    """[(line number, group, value, False)] of a comment that is a technique line, [] of any other comment."""
+    try:
+        (node,) = ast.parse(comment.lstrip("# \t")).body
+        return [(number, *read_line(node, ""), False)]
+    except (SyntaxError, ValueError):
+        return []
+
+
+def read_line(node, where):
+    """(group, value) of one statement; ValueError that begins with `where` unless it reads GROUP = value."""
+    if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id.isupper()):
+        raise ValueError(f"{where}: {shortened(ast.unparse(node))} is no technique line; one reads GROUP = value, "
+                         "and the block ends at the next line that starts with '# ----'")
+    group, parts = node.targets[0].id, list(ast.walk(node.value))
+    words = [part.id for part in parts if isinstance(part, ast.Name)]
+    try:
+        if not all(isinstance(part, ARITHMETIC) for part in parts):
+            raise ValueError(f"write {words[0]!r} with quotation marks, or True or False with a capital" if words
+                             else "it must be a text, a whole number, True or False")
+        return group, eval(compile(ast.Expression(node.value), group, "eval"), {"__builtins__": {}})
+    except (ArithmeticError, MemoryError, TypeError, ValueError) as problem:
+        raise ValueError(f"{where}: {group} = {shortened(ast.unparse(node.value))}: {problem}") from None
+
+
+def shortened(text, length=60):
+    """A text on one line, cut where it is longer."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def check_choice(name, value, told):
+    """ValueError that begins with `told` unless `value` is one of what the setting `name` may be."""
+    choices = CHOICES[name]
+    if choices is int and type(value) is not int:        # which ones, the network says
+        raise ValueError(f"{told}: it must be a whole number, such as 8")
+    if choices is str and type(value) is not str:
+        raise ValueError(f"{told}: it must be a name in quotation marks")
+    if isinstance(choices, tuple) and not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{told} is unknown; choose from {', '.join(map(repr, choices))}")
+
+
+# ---- flags and settings
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, raised as ValueError."""
@@ -64,11 +156,12 @@ class Parser(argparse.ArgumentParser):
 def training_parser(description, choices, datasets):
     """The flags of a training script; one that is not given is absent from the result."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
-    for group, values in choices.items():
-        form = {"choices": values} if isinstance(values[0], str) else {"type": int}
-        if group == "MODEL":              # networks.py knows them all, with families that no line can list
+    for group in choices:
+        known = CHOICES[group.lower()]
+        form = {"choices": known} if isinstance(known, tuple) else {"type": known}
+        if known is str:                  # networks.py knows them all, with families that no line can list
             form = {"metavar": "NETWORK"}
-        if isinstance(values[0], bool):
+        if known == (True, False):
             form = {"action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + group.lower(), help="overrides the technique line", **form)
     parser.add_argument("--dataset", help=datasets)
@@ -127,17 +220,24 @@ def training_parser(description, choices, datasets):
 
 
 def check_settings(settings):
-    """ValueError with the accepted range for the first setting that is out of it."""
+    """ValueError with the accepted range or the choices for the first setting that is out of them."""
     for name, (low, high) in BOUNDS.items():
         value = settings[name]
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             upper = "" if high == math.inf else f" and at most {high:g}"
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {low:g}{upper}")
+    for name in CHOICES:
+        if name not in settings:
+            raise ValueError(f"there is no {name.upper()} line; one is needed, or the flag --{name}")
+        if (name, settings[name]) != ("pruning", "none"):      # as train.py has it
+            check_choice(name, settings[name], f"{name} {settings[name]!r}")
     epochs, sparsity = settings["epochs"], settings["sparsity"]
     if settings["all_images"] and settings["recipe"] == "published":
         raise ValueError("--all-images does not go with --recipe published, which keeps its own batches; leave one out")
     if settings["teacher_views"] and (not settings["teacher"] or settings["recipe"] == "published"):
         raise ValueError("--teacher-views needs a --teacher to ask, and does not go with --recipe published")
+    if settings["pruning"] == "none" and sparsity:
+        raise ValueError(f"there is no PRUNING line, and sparsity {sparsity}; without pruning, train.py trains")
     if settings.get("weights") == "lsq" and settings["recipe"] == "published":
         raise ValueError("--weights lsq does not go with --recipe published, which trains with floats; leave one out")
     if settings.get("weights") == "lsq" and settings["pruning"] in SHRINKING:

@@ -120,7 +120,7 @@ def compute_as(model, form):
     Outputs and gradients agree to rounding; weights keep their names and shapes.
     """
     for layer in grouped_layers(model):
-        layer.__class__ = BlockDiagonalConv2d if form == "dense" else nn.Conv2d
+        layer.__class__ = {"dense": BlockDiagonalConv2d, "grouped": nn.Conv2d}[form]
 
 
 def forms_of(wanted, model, device):

@@ -56,6 +56,8 @@ class Run:
     history: list = field(default_factory=list)
     round: int = 0
     epoch: int = 0
+    pflop: float = 0.0            # operations so far, see operations.py; None where a run is older than that
+    counted: dict = field(default_factory=dict)      # {shape: multiply-adds of one image} in this epoch
     planned: int = 0              # training images when it began, which decide on compiling and on arithmetic
     average: torch.nn.Module = None
     averaged: tuple = None        # the tensors of average and model in pairs, see `average_pairs`
@@ -303,7 +305,7 @@ def begin_round(run):
     if settings["schedule"] == "plateau":
         run.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer)
     else:
-        shape = one_cycle if settings["schedule"] == "one-cycle" else warm_cosine
+        shape = {"one-cycle": one_cycle, "cosine": warm_cosine}[settings["schedule"]]
         peak = [] if settings["peak"] is None else [settings["peak"]]
         run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer,
                                                          lambda step: shape(step / steps, *peak))

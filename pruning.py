@@ -51,11 +51,14 @@ def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=(), 
     that rounds compound (0.7 twice leaves 9 %), or with of="all" the fraction of
     all weights that are then removed. minimum_density: the share of each layer
     that is kept whatever its scores, at least one weight, so that no layer is
-    emptied. score: "l1" (magnitude) or "lamp" (see `lamp_scores`). Returns {name:
+    emptied. score: "l1" or "lamp", see `scorer`. Returns {name:
     bool tensor of the weight's shape}; the model is not changed. Counts are exact
     under ties. Raises ValueError for a sparsity outside [0, 1), weights that are
-    not finite, or densities that cannot be held.
+    not finite, densities that cannot be held, or another score or `of`.
     """
+    scores_of = scorer(score)
+    if of not in ("remaining", "all"):
+        raise ValueError(f"sparsity of {of!r}; choose 'remaining' or 'all'")
     sparsity = check_sparsity(sparsity)
     weights = prunable(model, exclude)
     refuse_nonfinite(weights)
@@ -66,8 +69,7 @@ def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=(), 
     protected = {name: floor_of(weight, masks[name], minimum_density) for name, weight in weights.items()}
     held = sum(int(mask.sum()) for mask in protected.values())
     refuse_thinner(sparsity, remaining - removed, held, minimum_density)
-    scores = {name: lamp_scores(weight) if score == "lamp" else weight.detach().abs()
-              for name, weight in weights.items()}
+    scores = {name: scores_of(weight) for name, weight in weights.items()}
     return {**masks, **ranked(scores, masks, protected, removed)}
 
 
@@ -112,6 +114,21 @@ def ranked(scores, masks, protected, removed):
     prune.global_unstructured([(holder, "weight") for holder in holders.values()], prune.L1Unstructured,
                               importance_scores=importance, amount=removed)
     return {name: holder.weight_mask.bool() for name, holder in holders.items()}
+
+
+# ---- scores: of a weight tensor, of its shape; the largest stay. The line SCORE = "l1" names l1_scores, and so on
+
+def scorer(score):
+    """The function `<score>_scores` of this file; ValueError with the choices where there is none."""
+    found = {name.removesuffix("_scores"): value for name, value in globals().items() if name.endswith("_scores")}
+    if score not in found:
+        raise ValueError(f"score {score!r}: choose from {', '.join(found)}")
+    return found[score]
+
+
+def l1_scores(weight):
+    """Magnitudes, of the shape of `weight`."""
+    return weight.detach().abs()
 
 
 def lamp_scores(weight):

@@ -20,10 +20,7 @@ ITERATIONS = 5
 
 def make_optimizer(model, settings):
     """What the line OPTIMIZER asks for: torch.optim.SGD or `Muon`, with the rates of `settings`."""
-    groups = parameter_groups(model, settings)
-    if settings["optimizer"] == "muon":
-        return Muon(groups)
-    return torch.optim.SGD(groups, settings["lr"], settings["momentum"], nesterov=settings["nesterov"])
+    return {"muon": Muon, "sgd": torch.optim.SGD}[settings["optimizer"]](parameter_groups(model, settings))
 
 
 def parameter_groups(model, settings):

@@ -47,8 +47,9 @@ def prune_on_schedule(settings, step, steps, model, average, masks):
     (sparsity,) = settings["sparsity"]
     end = max(1, min(round(settings["prune_end"] * steps), steps - 1))
     when = min(round(settings["prune_begin"] * steps), end - 1), end, settings["prune_frequency"]
-    wanted = (pruning.constant_schedule(step, sparsity, *when) if settings["pruning"] == "constant"
-              else pruning.polynomial_schedule(step, 0.0, sparsity, *when))
+    schedule, *shares = {"constant": (pruning.constant_schedule, sparsity),
+                         "polynomial": (pruning.polynomial_schedule, 0.0, sparsity)}[settings["pruning"]]
+    wanted = schedule(step, *shares, *when)
     if wanted is None:
         return masks
     masks = pruning.global_masks(model, wanted, masks, settings["minimum_density"], settings["exclude"],

@@ -10,6 +10,7 @@ import binaryconnect
 import quantization
 
 BINARY = ("binary", "binary-stochastic")
+CHOICES = ("float", *BINARY, "lsq")
 
 
 def step_weights(model, weights, scale, generator, masks):
@@ -17,7 +18,9 @@ def step_weights(model, weights, scale, generator, masks):
 
     weights: "float" and "lsq" (as they are), "binary" (their signs) or "binary-stochastic"
     (drawn from `generator`); scale: H, "one" or "glorot"; masks: of pruned weights.
+    ValueError for another word.
     """
+    check_weights(weights)
     if weights not in BINARY:
         return nullcontext(model)
     drawn = generator if weights == "binary-stochastic" else None
@@ -26,6 +29,7 @@ def step_weights(model, weights, scale, generator, masks):
 
 def after_step(model, weights, scale):
     """What follows an update: binary training clips the real weights to [-H, H], lsq keeps its steps above 0."""
+    check_weights(weights)
     if weights in BINARY:
         binaryconnect.BC(model, scale).clip()
     elif weights == "lsq":
@@ -37,4 +41,11 @@ def evaluation_weights(model, weights, scale, masks):
 
     After stochastic training the real weights are the result (arXiv:1511.00363, section 2.6, third method).
     """
+    check_weights(weights)
     return step_weights(model, "binary" if weights == "binary" else "float", scale, None, masks)
+
+
+def check_weights(weights):
+    """ValueError for a word that the line WEIGHTS does not know: it must not train as floats."""
+    if weights not in CHOICES:
+        raise ValueError(f"weights {weights!r}: choose from {', '.join(CHOICES)}")

@@ -19,6 +19,7 @@ import operations
 import parallel
 import pruning
 from experiment import autocast, begin_round, finish, newest, pair_average, resumable, save, start
+from networks import image_shape
 from set_cutmix_train import cutmix
 from set_cutout_train import cutout
 from set_distillation_train import ask, distilled, teach
@@ -26,6 +27,9 @@ from set_mixup_train import mixup
 from set_pruning_train import prune_on_schedule, reduce_filters, search_penalty
 from set_quantization_train import after_step, evaluation_weights, step_weights
 from set_resizing_train import resized, side_of
+
+if __name__ == "__main__":      # a slip in a line below is one error line too, before Python runs it
+    commandline.command(lambda argv: commandline.read_lines(__file__))
 
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
@@ -65,6 +69,7 @@ AVERAGING = "ema"             # exponential moving average of the weights
 FLIPS = "random"              # an image is mirrored by a draw
 # FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
 
+# ---- settings that no line chooses
 DEFAULTS = {
     "dataset": "cifar10", "data": "data", "epochs": [30], "sparsity": [],
     "pruning": "none", "score": "l1", "minimum_density": 0.01, "exclude": [], "prune_begin": 0.1, "prune_end": 0.6,
@@ -127,9 +132,9 @@ def fit(run):
 def run_epoch(run, bar):
     """One epoch: train, validate, record, save. Returns the row of history.csv."""
     begun, rate = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
-    run.train.epoch = len(run.history)
-    before = run.history[-1].get("pflop") if run.history else 0.0      # a run may be older than the column
-    pflop = None if before is None else round(before + pflop_of_epoch(run), 6)
+    run.counted, run.pflop = {}, pflop_so_far(run)
+    if run.settings.get("flips") == "alternating":
+        run.train.epoch = len(run.history)
     loss, accuracy = train_epoch(run, bar)
     trained = time.perf_counter() - begun
     if run.settings["pruning"] == "filters":
@@ -150,7 +155,7 @@ def run_epoch(run, bar):
            "validation_loss": round(validation_loss, 4), "validation_accuracy": round(validation_accuracy, 2),
            "sparsity": round(pruning.sparsity_of(run.model), 5),
            "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
-           "pflop": pflop,
+           "pflop": run.pflop if run.pflop is None else round(run.pflop, 9),
            "images_per_second": round(len(run.train) * run.settings["batch_size"] / trained, 1),
            "seconds": round(time.perf_counter() - begun, 1)}
     with checkpoint.uninterrupted():      # what is counted as done is on disk
@@ -205,6 +210,7 @@ def train_step(run, images, labels, step):
     targets, answers = targets[:, :classes], targets[:, classes:]
     shown = resized(images, side_of(progress_of(run, step), images.shape[-1], settings["resize"],
                                     settings["resize_until"]))
+    count_operations(run, shown, images)
     run.optimizer.zero_grad(set_to_none=True)
     with step_weights(run.model, settings["weights"], settings["binary_scale"], run.generator, run.masks):
         with autocast(run.device, run.dtype), parallel.whole_batch():
@@ -236,21 +242,24 @@ def progress_of(run, step):
     return (run.epoch + step / len(run.train)) / run.settings["epochs"][run.round]
 
 
-def pflop_of_epoch(run):
-    """PFLOP of the training steps of the epoch that `run` stands before, the teacher's passes counted in."""
-    settings, counted, spent = run.settings, {}, 0.0
-    height, width, channels = run.kind.shape
-    teacher = 0 if run.teacher is None else operations.macs_of(run.teacher, (channels, height, width))
-    if settings["teacher_views"]:
-        asked = 0 if run.history else settings["teacher_views"] * len(run.train.chosen)
-        spent, teacher = operations.step_pflop(0, asked, teacher), 0
-    for step in range(len(run.train)):
-        side = side_of(progress_of(run, step), width, settings["resize"], settings["resize_until"])
-        if side not in counted:
-            shape = (channels, height, width) if side == width else (channels, side, side)
-            counted[side] = operations.macs_of(run.model, shape)
-        spent += operations.step_pflop(counted[side], settings["batch_size"], teacher)
-    return spent
+def pflop_so_far(run):
+    """PFLOP before the coming epoch: as far as the history goes, or what --teacher-views cost; None where unknown."""
+    if run.history:
+        return run.history[-1].get("pflop")              # a run may be older than the column
+    asked = (run.settings["teacher_views"] or 0) * len(getattr(run.train, "chosen", ()))
+    return operations.step_pflop(0, asked, operations.macs_of(run.teacher, image_shape(run.kind))) if asked else 0.0
+
+
+def count_operations(run, shown, images):
+    """Add a step's PFLOP to the run's: shown, images: the batch as the network and the teacher see it."""
+    if run.pflop is None:
+        return
+    shape, asks = shown.shape[1:], run.teacher is not None and not run.settings["teacher_views"]
+    if shape not in run.counted:
+        run.counted[shape] = (operations.macs_of(run.model, shape),
+                              operations.macs_of(run.teacher, images.shape[1:]) if asks else 0)
+    macs, teacher_macs = run.counted[shape]
+    run.pflop += operations.step_pflop(macs, len(shown) * parallel.ranks(), teacher_macs)
 
 
 def take_views(run):

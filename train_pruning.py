@@ -18,6 +18,9 @@ from experiment import finish, resumable, start
 from set_pruning_train import hint_of
 from train import DEFAULTS, RECIPES, fit, recalibrate
 
+if __name__ == "__main__":      # a slip in a line below is one error line too, before Python runs it
+    commandline.command(lambda argv: commandline.read_lines(__file__))
+
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
 # MODEL = "resnet34"          # 21.3 M
@@ -64,6 +67,7 @@ AVERAGING = "ema"             # exponential moving average of the weights
 FLIPS = "random"              # an image is mirrored by a draw
 # FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
 
+# ---- settings that no line chooses
 # gradual pruning takes the same epochs and zeros in one round: their sum, and what the sparsities compound to
 ROUNDS = {**DEFAULTS, "epochs": [100, 25, 125], "sparsity": [0.7, 0.7]}
 
@@ -177,7 +181,7 @@ def main(argv):
         if run.settings["pruning"] == "l1_cycle":
             return l1_cycle(run)
         while run.round + 1 < len(run.settings["epochs"]):
-            (morph if run.settings["pruning"] == "morphnet" else prune)(run)
+            {"rounds": prune, "morphnet": morph}[run.settings["pruning"]](run)
             fit(run)
         finish(run)
 

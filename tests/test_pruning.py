@@ -350,7 +350,8 @@ def test_dropped_weights_stay_exactly_zero_through_fifty_steps_and_the_average(t
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(8, 3, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator))] * 50
     options = {**train.DEFAULTS, "epochs": [1], "mixing": "cutmix", "weights": "float", "schedule": "one-cycle",
-               "averaging": "ema", "lr": 0.1, "nesterov": nesterov, "weight_decay": 1e-2, "ema_decay": 0.9}
+               "averaging": "ema", "optimizer": "sgd", "lr": 0.1, "nesterov": nesterov, "weight_decay": 1e-2,
+               "ema_decay": 0.9}
     run = experiment.Run(options, tmp_path, torch.device("cpu"), {"num_classes": 10}, model, generator, batches, None,
                          forward=model)
     experiment.begin_round(run)
@@ -374,7 +375,7 @@ def test_dropped_weights_gather_no_momentum(tmp_path):
     model, generator = small_model(), torch.Generator().manual_seed(0)
     batches = [(torch.randn(8, 3, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator))] * 3
     options = {**train.DEFAULTS, "epochs": [1], "mixing": "none", "weights": "float",
-               "schedule": "one-cycle", "averaging": "none"}
+               "schedule": "one-cycle", "averaging": "none", "optimizer": "sgd"}
     run = experiment.Run(options, tmp_path, torch.device("cpu"), {"num_classes": 10}, model, generator, batches, None,
                          forward=model)
     run.masks = pruning.global_masks(model, 0.8)

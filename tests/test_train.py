@@ -20,7 +20,8 @@ SHORT = ["--dataset", "digits", "--device", "cpu", "--compile", "off"]
 
 def start_run(out, model, batches, classes=10, **settings):
     """A run of `model` over a list of batches, at the start of its first round."""
-    lines = {"mixing": "none", "weights": "float", "schedule": "one-cycle", "averaging": "none"}
+    lines = {"mixing": "none", "weights": "float", "schedule": "one-cycle", "averaging": "none",
+             "optimizer": "sgd"}
     run = experiment.Run({**train.DEFAULTS, **lines, "epochs": [1], **settings}, out, CPU, {"num_classes": classes},
                          model, torch.Generator().manual_seed(0), batches, None, forward=model)
     experiment.begin_round(run)
@@ -265,7 +266,8 @@ def test_average_follows_a_network_that_shrinks(tmp_path, monkeypatch):
     """The tensors to average are looked up once a round, and again once filters have left."""
     monkeypatch.setattr(train, "save", lambda run: None)
     settings = {**train.DEFAULTS, "epochs": [2], "mixing": "none", "weights": "float", "schedule": "cosine",
-                "averaging": "ema", "pruning": "filters", "filter_interval": 1, "filter_threshold": 0.9}
+                "averaging": "ema", "optimizer": "sgd", "pruning": "filters",
+                "filter_interval": 1, "filter_threshold": 0.9}
     batches = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,))) for _ in range(2)]
     architecture = {"name": "lenet5", "num_classes": 10, "in_channels": 3, "size": 32}
     model = networks.build(**architecture)
