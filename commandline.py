@@ -7,7 +7,6 @@ import argparse
 import ast
 import io
 import math
-import os
 import shlex
 import signal
 import subprocess
@@ -17,6 +16,8 @@ import traceback
 from pathlib import Path
 
 import torch
+
+import streams
 
 FREE = {"data", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
 FIXED = ("seed", "start", "cycle", "recipe", "optimizer", "bias_lr", "teacher_views",
@@ -348,25 +349,41 @@ def call(command, show=False):
 def command(main):
     """Run a script's main(argv) and exit: 0, or 2 for bad input, 1 for a failed run, 130 for Ctrl-C.
 
-    An error is one line on stderr; with --debug its traceback comes first. The
-    first Ctrl-C is the last one heard, so that a second cannot spoil the way out.
+    The one place that decides what becomes of an exception of any type: one line
+    on stderr; with --debug its traceback comes first. The first Ctrl-C is the last one
+    heard, so that a second cannot spoil the way out. Where standard output is closed
+    or full the work goes on, its files are whole, and the exit code is 1 for a full one.
     """
     def interrupt(number, frame):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
     signal.signal(signal.SIGINT, interrupt)
+    with streams.guarded() as (output, _):
+        code = code_of(main)
+        output.flush()
+        if output.problem is not None and not isinstance(output.problem, BrokenPipeError):
+            code = code or report(f"standard output could not be written ({output.problem}): what was printed from "
+                                  "there on is lost, files are whole", 1)
+        code = code or (0 if output.problem is None else 1)
+    if code:
+        sys.exit(code)
+
+
+def code_of(main):
+    """The exit code of main(sys.argv[1:]), its error told."""
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
+    except SystemExit as end:             # --help
+        return end.code or 0
     except KeyboardInterrupt as problem:
-        sys.exit(report(f"interrupted{'; ' if str(problem) else ''}{problem}", 130))
-    except BrokenPipeError:               # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return report(f"interrupted{'; ' if str(problem) else ''}{problem}", 130)
     except (ValueError, OSError) as problem:
-        sys.exit(report(problem, 2))
+        return report(problem, 2)
     except RuntimeError as problem:
-        sys.exit(report(problem, 1))
+        return report(problem, 1)
+    except Exception as problem:
+        return report(f"{type(problem).__name__}: {problem}; this is a fault of the program, --debug shows where", 1)
+    return 0
 
 
 def report(problem, code):

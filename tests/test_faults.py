@@ -80,7 +80,7 @@ def test_rounds_out_of_range(shell, untrained, tmp_path, flags, told):
     ("--groups 0", ["groups 0", "1, 2, 4, 8, 16, 32 or 64"]),
     ("--groups -8", ["groups -8", "1, 2, 4, 8, 16, 32 or 64"]),
     ("--model vgg", ["--model", "'vgg'", "resnet18", "resnet152"]),
-    ("--mixing cutout", ["--mixing", "'cutout'", "cutmix"]),
+    ("--mixing cutoff", ["--mixing", "'cutoff'", "cutmix"]),
     ("--dataset imagenet", ["--dataset", "'imagenet'", "cifar10", "digits"]),
     ("--device cuda:99", ["device 'cuda:99' is absent", "cpu"]),
     ("--device toaster", ["device 'toaster' is absent", "cpu"]),

@@ -20,7 +20,7 @@ ROWS = [
     {"vgg"},
     {"resnet_factorized", "cifar10", "checkpoint", "commandline", "compiling", "draws",
      "parallel", "shrinking", "folders", "schedules", "operations"},
-    {"packing", "originals", "pictures"},
+    {"packing", "originals", "pictures", "streams"},
 ]
 FILES = sorted(ROOT.glob("*.py"))
 LIGHT = [path for path in FILES if path.stem != "report"]      # report.py is tables and plots, and nothing imports it

@@ -1,0 +1,64 @@
+"""Standard output and error that may be closed or full: what is printed may be lost, the work is not.
+
+    with guarded() as (output, errors):
+        ...                               # print as usual
+    output.problem                        # None, or the OSError that ended it
+"""
+import os
+import sys
+from contextlib import contextmanager, suppress
+
+
+class Stream:
+    """A text stream whose failures are kept and not raised; what is written after the first is dropped."""
+
+    def __init__(self, stream):
+        self.stream, self.problem = stream, None
+
+    def write(self, text):
+        """Write what can be written; the number of characters, as files have it."""
+        self.attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self):
+        """Flush what can be flushed."""
+        self.attempt(lambda: self.stream.flush())
+
+    def attempt(self, action):
+        """Do something with the stream, unless it has failed before; keep the problem where it fails now."""
+        if self.stream is None or self.problem is not None:
+            return
+        try:
+            action()
+        except (OSError, ValueError) as problem:        # ValueError: closed by somebody
+            self.problem = problem
+            with suppress(OSError, ValueError):         # what its buffer still holds goes nowhere, silently
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+    def isatty(self):
+        """Whether a person watches."""
+        return self.stream is not None and self.problem is None and self.stream.isatty()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def guarded():
+    """A block in which printing never fails: yields what stands for standard output and error, two `Stream`s."""
+    for number in range(3):             # a file that is opened must not get the number of a closed stream
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    streams = Stream(sys.stdout), Stream(sys.stderr)
+    sys.stdout, sys.stderr = streams
+    try:
+        yield streams
+    finally:
+        for stream in streams:
+            stream.flush()
+        sys.stdout, sys.stderr = before

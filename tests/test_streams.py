@@ -1,0 +1,82 @@
+"""Standard streams that are closed or full, and exceptions of any type: one line, the right exit code, whole files."""
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import checkpoint
+import commandline
+
+TINY = shlex.split("--dataset digits --limit 64 --epochs 1 --model lenet5 --mixing none --compile off --batch-size 32 "
+                   "--device cpu")
+QUICK = {"profil.py": "--model lenet5", "study.py": "--help", "report.py": "--help", "predict.py": "--help",
+         "test.py": "--help", "export.py": "--help", "benchmark.py": "--help", "train.py": "--dry-run --dataset digits"}
+
+
+def shell(script, flags, redirect):
+    """A script under a redirection of the shell."""
+    program = f"{shlex.quote(sys.executable)} {script} {shlex.join(map(str, flags))} {redirect}"
+    return subprocess.run(["sh", "-c", program], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize(("redirect", "code", "told"), [
+    (">&-", 0, ""), ("2>&-", 0, ""), ("<&-", 0, ""), (">&- 2>&- <&-", 0, ""), ("2> /dev/full", 0, ""),
+    ("> /dev/full", 1, "error: standard output could not be written"), ("> /dev/full 2>&1", 1, ""),
+])
+def test_a_training_run_goes_on_and_its_files_are_whole(redirect, code, told, tmp_path):
+    done = shell("train.py", [*TINY, "--out", tmp_path / "run"], redirect)
+    assert (done.returncode, done.stderr.count("\n")) == (code, bool(told)), done.stderr
+    assert done.stderr.startswith(told)
+    for name in ("model.pt", "last.pt"):
+        assert checkpoint.read(tmp_path / "run" / name)["weights"]
+    assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("script", QUICK)
+def test_a_full_output_is_named_by_every_script(script):
+    done = shell(script, QUICK[script].split(), "> /dev/full")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output could not be written ([Errno 28]"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_error_is_an_error_without_a_place_to_tell_it():
+    for redirect in ("2>&-", "2> /dev/full", ">&- 2>&-"):
+        assert shell("train.py", ["--lr", "-1"], redirect).returncode == 2
+
+
+def test_a_reader_that_has_seen_enough_ends_nothing(tmp_path):
+    done = shell("train.py", [*TINY, "--out", tmp_path / "run"], "| head -c 1")
+    assert done.stderr == "" and len(done.stdout) == 1
+    assert checkpoint.read(tmp_path / "run" / "model.pt")["weights"]
+
+
+class Odd(Exception):
+    """None of those that a script expects."""
+
+
+@pytest.mark.parametrize(("problem", "code", "told"), [
+    (ValueError("bad\ninput"), 2, "bad input"), (FileNotFoundError("no file"), 2, "no file"),
+    (RuntimeError("failed"), 1, "failed"), (KeyboardInterrupt("later"), 130, "interrupted; later"),
+    (KeyError("x"), 1, "KeyError: 'x'; this is a fault of the program, --debug shows where"),
+    (AttributeError("a"), 1, "AttributeError: a; this is a fault"), (Odd("b"), 1, "Odd: b; this is a fault"),
+    (MemoryError(), 1, "MemoryError"), (AssertionError(), 1, "AssertionError"), (ZeroDivisionError("c"), 1, "Zero"),
+])
+def test_one_place_decides_what_becomes_of_an_exception(problem, code, told, capsys, monkeypatch):
+    def main(argv):
+        raise problem
+    monkeypatch.setattr(sys, "argv", ["a.py"])
+    with pytest.raises(SystemExit) as end:
+        commandline.command(main)
+    errors = capsys.readouterr().err
+    assert end.value.code == code and errors.startswith(f"error: {told}") and errors.count("\n") == 1
+
+
+def test_the_streams_are_as_they_were_afterwards():
+    before = sys.stdout, sys.stderr
+    commandline.command(lambda argv: print("seen"))
+    assert (sys.stdout, sys.stderr) == before
