@@ -277,10 +277,20 @@ def draw_inference(path, rows):
         axes.grid(axis="x", alpha=0.4)
     figure.axes[0].invert_yaxis()
     figure.axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)
+    checkpoint.save_figure(path, figure)
 
 
 # ---- the command
+
+def write(path, content):
+    """The numbers as JSON; of inference a table and a plot beside them."""
+    if "rows" in content:
+        with checkpoint.noted():
+            checkpoint.write(path.with_suffix(".md"), markdown_of(content["rows"]).encode())
+        with checkpoint.noted():
+            draw_inference(path.with_suffix(".png"), content["rows"])
+    checkpoint.write(path, (json.dumps(content, indent=1) + "\n").encode())
+
 
 def parse(argv):
     """The flags of this script."""
@@ -313,17 +323,16 @@ def main(argv):
     arguments = parse(argv)
     where = commandline.device_name(commandline.pick_device(arguments.device))
     content = {"device": where, "torch": torch.__version__, "repeats": arguments.repeats}
+    if arguments.json:
+        cifar10.check_folder(Path(arguments.json).parent)         # before minutes of measuring
     if arguments.what == "inference":
         content["rows"] = measure_inference(arguments)
-        if arguments.json:
-            checkpoint.write(Path(arguments.json).with_suffix(".md"), markdown_of(content["rows"]).encode())
-            draw_inference(Path(arguments.json).with_suffix(".png"), content["rows"])
     else:
         rows = measure_training(arguments)
         print_training(rows, where)
         content |= {"dataset": arguments.dataset, "images": arguments.images, "ratios": ratios_of(rows), "loops": rows}
     if arguments.json:
-        checkpoint.write(Path(arguments.json), (json.dumps(content, indent=1) + "\n").encode())
+        write(Path(arguments.json), content)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 import threading
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -37,9 +37,21 @@ def save(path, state, previous=None):
     renamed; then the folder is synced. Ctrl-C waits until that is done. Raises
     RuntimeError with the bytes needed where the disk is full; the old file stays.
     """
+    write(path, bytes_of(state), previous)
+
+
+def bytes_of(state):
+    """The bytes of a checkpoint that holds `state`."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write(path, buffer.getvalue(), previous)
+    return buffer.getvalue()
+
+
+def save_figure(path, figure):
+    """Draw a matplotlib figure into an image file, whole or not at all; its ending says which kind (none: PNG)."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix[1:] or "png", dpi=120)
+    write(path, buffer.getvalue())
 
 
 def write(path, content, previous=None):
@@ -54,7 +66,8 @@ def write(path, content, previous=None):
             os.replace(partial, path)
             sync_folder(path.parent)
         except OSError as problem:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):       # there may be no such folder
+                partial.unlink(missing_ok=True)
             kept = f"; the previous {path.name} is intact" if path.exists() else ""
             raise RuntimeError(f"{path} could not be written ({problem.strerror or problem}): "
                           f"{len(content):,} bytes are needed{kept}") from None
@@ -93,6 +106,15 @@ def sync_folder(folder):
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def noted():
+    """A block that writes what stands beside a result: what cannot be written is a note on stderr, no error."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as problem:
+        print(f"note: {' '.join(str(problem).split())}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -230,10 +252,21 @@ def offer(path):
     return f"; the one before it is whole, go on from it with: cp {previous} {path}"
 
 
+def read_json(path):
+    """The JSON object in a file; ValueError that names the file where it holds none."""
+    try:
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{path} is damaged, it is no JSON: {problem}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(held).__name__}, not a JSON object")
+    return held
+
+
 def merge_json(path, values):
     """Put `values` into the JSON object at `path`, beside what it already holds."""
     path = Path(path)
-    held = json.loads(path.read_text()) if path.exists() else {}
+    held = read_json(path) if path.exists() else {}
     write(path, (json.dumps(held | values, indent=1) + "\n").encode())
 
 

@@ -181,7 +181,7 @@ def draw(path, rows):
     axes.set(xscale="log", xlabel="milliseconds, one image", ylabel="test accuracy (%)")
     axes.grid(alpha=0.4)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)
+    checkpoint.save_figure(path, figure)
 
 
 def parse(argv):
@@ -211,6 +211,8 @@ def main(argv):
         raise ValueError(f"networks of {', '.join(sorted(datasets))}, called {', '.join(given)}: "
                          "they must be of one data set and have a name each (NAME=PATH)")
     arguments.dataset = datasets.pop()
+    if arguments.json:
+        cifar10.check_folder(Path(arguments.json).parent)         # before minutes of measuring
     data, rows = cifar10.load(arguments.dataset, arguments.data), []
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.pt"
@@ -223,8 +225,10 @@ def main(argv):
         target, device = Path(arguments.json), commandline.device_name(torch.device("cpu"))
         content = {"device": device, "torch": torch.__version__, "repeats": arguments.repeats,
                    "checkpoints": {name: str(path) for name, path in given.items()}, "rows": rows}
-        checkpoint.write(target.with_suffix(".md"), markdown_of(rows).encode())
-        draw(target.with_suffix(".png"), rows)
+        with checkpoint.noted():
+            checkpoint.write(target.with_suffix(".md"), markdown_of(rows).encode())
+        with checkpoint.noted():
+            draw(target.with_suffix(".png"), rows)
         checkpoint.write(target, (json.dumps(content, indent=1) + "\n").encode())
 
 

@@ -164,7 +164,8 @@ class Pruner:
             (save or self.save)(model)
             begun = time.perf_counter()
             if plots:
-                draw_norms(Path(plots) / f"norms-{len(self.history)}.png", self.norms(model), self.settings)
+                with checkpoint.noted():
+                    draw_norms(Path(plots) / f"norms-{len(self.history)}.png", self.norms(model), self.settings)
             if not self.step(model, **companions):
                 break
             finetune(model, self.settings["finetuning_epochs"])
@@ -243,7 +244,7 @@ def draw_norms(path, norms, settings):
     axes.set_xticks(range(len(norms)), norms, rotation=60, ha="right", fontsize=8)
     axes.set(ylabel="L1 norm of a filter")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    checkpoint.save_figure(path, figure)
 
 
 def draw_cycle(path, history):
@@ -258,4 +259,4 @@ def draw_cycle(path, history):
     axes.set(xlabel="step", ylabel="relative to the first value", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    checkpoint.save_figure(path, figure)

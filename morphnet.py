@@ -383,4 +383,4 @@ def draw_widths(path, before, after):
     axes.set_xlabel("channels")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    figure.savefig(path, dpi=120)
+    checkpoint.save_figure(path, figure)

@@ -18,6 +18,7 @@ for each element that a layer reads and rounds, and for each that it scales or a
 norm does.
 """
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -231,10 +232,11 @@ MicroNet storage {totals['micronet_bytes']:,} bytes, bitmasks included""")
 def write_rows(path, rows):
     """The table by layer as CSV."""
     names = ["name", "kind", "output", "parameters", "nonzero", "sparsity", "macs", "nominal_macs"]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({**row, "output": "x".join(map(str, row["output"]))} for row in rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows({**row, "output": "x".join(map(str, row["output"]))} for row in rows)
+    checkpoint.write(path, table.getvalue().encode())
 
 
 def parse(argv):
@@ -279,17 +281,18 @@ def main(argv):
     height, width, channels = cifar10.kind_of(dataset, stored).shape
     rows = count_layers(model, (channels, height, width))
     totals = totals_of(rows, arguments.bits[0], arguments.bits[-1], dataset)
-    if arguments.csv:
-        write_rows(arguments.csv, rows)
     if arguments.json:
         print(json.dumps({"network": arguments.model or str(source), **totals}))
     else:
         print(f"network: {f'{arguments.model}, ' if arguments.model else ''}{source}")
         print_table(rows, totals)
     if not arguments.model and (Path(source).parent / "config.json").exists():
-        checkpoint.merge_json(Path(source).parent / "report.json", {"profile": {**totals, "layers": [
-            {"name": row["name"], "weights": row["weights"], "zero_weights": row["zero_weights"]}
-            for row in rows if row["weights"]]}})
+        with checkpoint.noted():
+            checkpoint.merge_json(Path(source).parent / "report.json", {"profile": {**totals, "layers": [
+                {"name": row["name"], "weights": row["weights"], "zero_weights": row["zero_weights"]}
+                for row in rows if row["weights"]]}})
+    if arguments.csv:
+        write_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 Reads config.json, history.csv and report.json (which test.py and profil.py
 write) of each run; without names, of all in runs/ and results/. Draws curves.png
 and layers.png beside each run, and writes table.md, table.csv, time.csv,
-accuracy_size.png and accuracy_time.png to --out, with a copy of each run's files
-there. Runs that differ in nothing but their seed share a row: n, mean and
+accuracy_size.png, accuracy_time.png and accuracy_operations.png to --out, with a copy
+of each run's files there; a run and its copy count once. PFLOP are 10^15 operations
+of training, where history.csv has them. Runs that differ in nothing but their seed share a row: n, mean and
 standard deviation; `other settings` are those, shown in no column, that are not the
 recipe's. time.csv says after how many minutes of epochs, measuring
 included, each run first reached each --level, or the highest validation accuracy
@@ -13,7 +14,7 @@ no such time, and no curve in accuracy_time.png.
 """
 import json
 import math
-import shutil
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -22,6 +23,8 @@ import pandas as pd
 import checkpoint
 import cifar10
 import commandline
+import run_files
+import tables
 from train import DEFAULTS, RECIPES
 
 matplotlib.use("Agg")
@@ -34,6 +37,8 @@ CITED = [    # (name, parameters left, accuracy in %), CIFAR-10 test images, as 
 ]
 COLUMNS = ["dataset", "network", "epochs", "pruning", "mixing", "weights", "recipe", "distilled", "continued",
            "device"]
+COLUMNS_OF_HISTORY = (*run_files.EPOCH, "epoch", "train_loss", "sparsity")
+NOT_IN_TABLE = ("history", "layers", "folder", "settings", "seed", "started")
 IN_COLUMNS = {"dataset", "model", "groups", "shuffle", "epochs", "sparsity", "pruning", "score", "mixing", "weights",
               "recipe"}
 NOT_OF_THE_METHOD = {"seed", "out", "data", "debug", "dry_run", "resume", "force", "lines", "script"}
@@ -44,24 +49,25 @@ def read_run(folder):
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "history.csv").is_file():
         raise FileNotFoundError(f"{folder} is no run: config.json or history.csv is missing")
-    config = read_json(folder / "config.json")
-    report = read_json(folder / "report.json") if (folder / "report.json").exists() else {}
-    settings, history = config["settings"], pd.read_csv(folder / "history.csv")
-    test, profile = report.get("test", {}), report.get("profile", {})
+    config, report = run_files.read_config(folder), run_files.read_report(folder)
+    settings, history = config["settings"], run_files.read_history(folder, COLUMNS_OF_HISTORY)
+    test, profile = report["test"], report["profile"]
     return {"run": folder.name, "folder": folder, "dataset": settings["dataset"],
             "network": network_of(config["architecture"]),
             "epochs": "+".join(map(str, history.groupby("round").size())),
             "pruning": pruning_of(settings), "mixing": settings["mixing"],
-            "weights": settings.get("weights", "float"),
+            "weights": settings.get("weights") or "float",
             "recipe": settings["recipe"], "distilled": bool(settings.get("teacher")),
-            "continued": bool(settings.get("start") or settings.get("cycle_settings", {}).get("input_model_path")),
+            "continued": bool(settings.get("start") or (settings.get("cycle_settings") or {}).get("input_model_path")),
             "device": config["device"], "other_settings": unusual(settings), "settings": comparable(settings),
             "validation_accuracy": history["validation_accuracy"].iloc[-1], "test_accuracy": test.get("accuracy"),
+            "pflop": history["pflop"].iloc[-1] if "pflop" in history else None,
             "precision": test.get("precision"), "minutes": history["seconds"].sum() / 60,
             "parameters": profile.get("parameters"), "nonzero": profile.get("nonzero"),
             "parameters_removed": profile.get("parameters_removed"), "macs": profile.get("macs"),
             "macs_removed": profile.get("macs_removed"), "score_course": profile.get("score_course"),
-            "bytes": test.get("bytes", {}).get("compressed"), "history": history, "layers": profile.get("layers")}
+            "bytes": (test.get("bytes") or {}).get("compressed"), "history": history, "layers": profile.get("layers"),
+            "seed": settings["seed"], "started": config.get("started")}
 
 
 def comparable(settings):
@@ -99,21 +105,13 @@ def pruning_of(settings):
     return " ".join(words + [settings[name] for name in ("pruning", "score") if settings.get(name) not in usual])
 
 
-def read_json(path):
-    """The JSON object in a file, or ValueError that names it."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as problem:
-        raise ValueError(f"{path} is damaged: {problem}") from None
-
-
 def table_of(runs):
     """One row for each set of runs that differ in their seed alone, as a DataFrame."""
     frame = pd.DataFrame([{name: value for name, value in run.items()
-                           if name not in ("history", "layers", "folder", "settings")} for run in runs])
+                           if name not in NOT_IN_TABLE} for run in runs])
     frame["together"] = [json.dumps(run["settings"]) for run in runs]
     numbers = ["validation_accuracy", "test_accuracy", "minutes", "nonzero", "parameters_removed", "macs",
-               "macs_removed", "score_course", "bytes"]
+               "macs_removed", "score_course", "bytes", "pflop"]
     frame[numbers] = frame[numbers].astype(float)
     groups = frame.groupby([*COLUMNS, "other_settings", "together"], sort=False)
     table = groups[numbers].mean()
@@ -127,7 +125,7 @@ def markdown_of(table):
     """The table for a README."""
     names = ["run", "data", "network", "weights", "mixing", "epochs", "pruned", "other settings", "device", "n",
              "validation %", "test %", "parameters left", "removed", "MACs", "removed", "course score", "bytes",
-             "minutes"]
+             "PFLOP", "minutes"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in table.itertuples():
         spread = "" if pd.isna(row.test_sd) else f" ± {row.test_sd:.2f}"
@@ -136,8 +134,8 @@ def markdown_of(table):
                  number(row.validation_accuracy, ".2f"), number(row.test_accuracy, ".2f") + spread,
                  number(row.nonzero, ",.0f"), number(row.parameters_removed, ".2%"), number(row.macs, ",.0f"),
                  number(row.macs_removed, ".2%"), number(row.score_course, ".4f"), number(row.bytes, ",.0f"),
-                 number(row.minutes, ".0f")]
-        lines.append("| " + " | ".join(cells) + " |")
+                 number(row.pflop, ".3g"), number(row.minutes, ".0f")]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -165,7 +163,7 @@ def draw_curves(path, run):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     right.set_title(f"{run['dataset']}, {run['network']}", fontsize=10)
-    figure.savefig(path, dpi=120)
+    checkpoint.save_figure(path, figure)
     plt.close(figure)
 
 
@@ -181,7 +179,7 @@ def draw_layers(path, run):
     axes.set_xticks(places, layers["name"], rotation=60, ha="right", fontsize=8)
     axes.set(yscale="log", ylabel="weights", title=f"weights by layer and the share left: {run['run']}")
     axes.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
+    checkpoint.save_figure(path, figure)
     plt.close(figure)
 
 
@@ -212,7 +210,7 @@ def draw_accuracy_size(path, table):
                       ha="right", fontsize=8)
     if axes.collections:
         axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    checkpoint.save_figure(path, figure)
     plt.close(figure)
 
 
@@ -238,71 +236,145 @@ def times_of(runs, levels=()):
 
 def draw_accuracy_time(path, runs):
     """Validation accuracy against the minutes that a run had trained, measuring included; the time on a log scale."""
+    draw_progress(path, {run["run"]: (run["history"]["seconds"].cumsum() / 60, run["history"]) for run in runs},
+                  "minutes of epochs")
+
+
+def draw_accuracy_operations(path, runs):
+    """Validation accuracy against the operations of training so far, of the runs that counted them; a log scale."""
+    draw_progress(path, {run["run"]: (run["history"]["pflop"], run["history"]) for run in runs
+                         if "pflop" in run["history"]}, "PFLOP of training so far")
+
+
+def draw_progress(path, lines, label):
+    """Validation accuracy against what was spent. lines: {name: (spent by epoch, history)}."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for run in runs:
-        axes.plot(run["history"]["seconds"].cumsum() / 60, run["history"]["validation_accuracy"], marker=".",
-                  label=run["run"])
-    axes.set(xscale="log", xlabel="minutes of epochs", ylabel="validation accuracy (%)")
+    for name, (spent, history) in lines.items():
+        axes.plot(spent, history["validation_accuracy"], marker=".", label=name)
+    axes.set(xscale="log", xlabel=label, ylabel="validation accuracy (%)")
     axes.grid(alpha=0.4)
-    if runs:
+    if lines:
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    checkpoint.save_figure(path, figure)
     plt.close(figure)
 
 
+def distinct(runs):
+    """The runs, each once: of one and its copy, or its state after fewer epochs, the one that got further.
+
+    ValueError for two different runs of one name, whose copies would overwrite each other.
+    """
+    chosen = {}
+    for run in runs:
+        other = next((other for other in chosen.values() if same_run(run, other)), None)
+        if other is None:
+            if run["run"] in chosen:
+                raise ValueError(f"{chosen[run['run']]['folder']} and {run['folder']} are different runs of one name; "
+                                 "rename the folder of one, or leave it out")
+            chosen[run["run"]] = run
+            continue
+        print(f"note: {run['folder']} and {other['folder']} hold one run; it counts once", file=sys.stderr, flush=True)
+        if len(run["history"]) > len(other["history"]):
+            chosen = {run["run"] if held is other else name: run if held is other else held
+                      for name, held in chosen.items()}
+    return list(chosen.values())
+
+
+def same_run(one, other):
+    """Whether two folders hold one run: one folder, or the epochs of one are, times and all, the other's first ones."""
+    if one["folder"].resolve() == other["folder"].resolve():
+        return True
+    rows = min(len(one["history"]), len(other["history"]))
+    settings = [{name: value for name, value in run["settings"].items() if name != "epochs"} for run in (one, other)]
+    return (settings[0] == settings[1] and one["seed"] == other["seed"] and one["started"] == other["started"]
+            and one["history"][:rows].equals(other["history"][:rows]))
+
+
+def check_kept(runs, out):
+    """ValueError where the copy of a run, out/<run>/, would overwrite that of another run of the same name."""
+    for run in runs:
+        if (out / run["run"] / "config.json").exists() and not same_run(run, read_run(out / run["run"])):
+            raise ValueError(f"{out / run['run']} holds a copy of another run than {run['folder']}; rename the folder "
+                             "of one of them, or choose another --out")
+
+
+def draw_beside(run, out):
+    """curves.png and layers.png of a run, in its copy out/<run>/ and beside the run itself, where that can be."""
+    target = out / run["run"]
+    for name, draw in (("curves.png", draw_curves), ("layers.png", draw_layers)):
+        if name == "curves.png" or run["layers"]:
+            draw(target / name, run)
+            if target.resolve() != run["folder"].resolve():
+                with checkpoint.noted():
+                    checkpoint.write(run["folder"] / name, (target / name).read_bytes())
+
+
 def keep(run, out):
-    """Copy what a run's numbers stand on to out/<run>/: settings (no sources, no paths), history, report, plots."""
+    """Copy what a run's numbers stand on to out/<run>/: settings (no sources, no paths), history, report, confusion."""
     target = out / run["run"]
     if target.resolve() == run["folder"].resolve():
         return
     target.mkdir(parents=True, exist_ok=True)
-    config = read_json(run["folder"] / "config.json")
+    config = checkpoint.read_json(run["folder"] / "config.json")
     config.pop("source", None)
     config["settings"] = {name: value for name, value in config["settings"].items()
                           if name not in ("out", "data", "debug", "dry_run", "resume", "force")}
-    (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    for name in ("history.csv", "report.json", "curves.png", "layers.png", "confusion.png"):
+    checkpoint.write(target / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+    for name in ("history.csv", "report.json", "confusion.png"):
         if (run["folder"] / name).exists():
-            shutil.copy(run["folder"] / name, target / name)
+            checkpoint.write(target / name, (run["folder"] / name).read_bytes())
 
 
 def find_runs():
-    """The folders of all runs in runs/ and results/; one that is in both counts once."""
-    found = {}
-    for parent in ("results", "runs"):
-        for config in sorted(Path(parent).glob("*/config.json")):
-            if (config.parent / "history.csv").exists():
-                found[config.parent.name] = config.parent
+    """The folders of all runs in results/ and runs/, those of one name side by side, that in runs/ first."""
+    found = [config.parent for parent in ("results", "runs") for config in sorted(Path(parent).glob("*/config.json"))
+             if (config.parent / "history.csv").exists()]
     if not found:
         raise FileNotFoundError("there is no run in runs/ or results/; train first: python train_pruning.py")
-    return list(found.values())
+    names = list(dict.fromkeys(folder.name for folder in found))
+    return sorted(found, key=lambda folder: (names.index(folder.name), folder.parent.name != "runs"))
 
 
-def main(argv):
-    """Read the runs, draw, write, print the table."""
+def parse(argv):
+    """The flags of this script."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", help="folders of runs (all in runs/ and results/)")
     parser.add_argument("--out", default="results", help="where table and plots go (results)")
     parser.add_argument("--level", type=float, nargs="+", default=[], metavar="ACCURACY",
                         help="validation accuracies in %% whose time is looked up (the highest that all runs reached)")
+    parser.add_argument("--pages", action="store_true",
+                        help="nothing but the tables in README.md and docs/, from the files that they name")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    """Read the runs, print the table, write, draw."""
+    arguments = parse(argv)
+    if arguments.pages:
+        changed = tables.write_pages()
+        print(f"written: tables in {', '.join(map(str, changed))}" if changed else "all pages are up to date")
+        return
     out = Path(arguments.out)
-    runs = [read_run(folder) for folder in arguments.runs or find_runs()]
+    runs = distinct([read_run(folder) for folder in arguments.runs or find_runs()])
+    check_kept(runs, out)
     cifar10.check_folder(out)
-    for run in runs:
-        draw_curves(run["folder"] / "curves.png", run)
-        if run["layers"]:
-            draw_layers(run["folder"] / "layers.png", run)
-        keep(run, out)
     table, from_nothing = table_of(runs), [run for run in runs if not run["continued"]]
+    print(markdown_of(table))
     checkpoint.write(out / "table.md", markdown_of(table).encode())
     checkpoint.write(out / "table.csv", table.to_csv(index=False).encode())
     checkpoint.write(out / "time.csv", times_of(from_nothing, arguments.level).to_csv(index=False).encode())
-    draw_accuracy_size(out / "accuracy_size.png", table)
-    draw_accuracy_time(out / "accuracy_time.png", from_nothing)
-    print(markdown_of(table) + f"\nwritten: {out}/table.md, table.csv, time.csv, accuracy_size.png, "
-          "accuracy_time.png, and curves and layers by run")
+    for run in runs:
+        with checkpoint.noted():
+            keep(run, out)
+            draw_beside(run, out)
+    for name, draw, what in (("size", draw_accuracy_size, table), ("time", draw_accuracy_time, from_nothing),
+                             ("operations", draw_accuracy_operations, from_nothing)):
+        with checkpoint.noted():
+            draw(out / f"accuracy_{name}.png", what)
+    print(f"written: {out}/table.md, table.csv, time.csv, accuracy_size.png, accuracy_time.png, "
+          "accuracy_operations.png, and curves and layers by run")
+    tables.update(out)
 
 
 if __name__ == "__main__":

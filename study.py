@@ -14,11 +14,18 @@ an arm can name another one's files.
 `factors` instead of arms, with the `run` they belong to, makes an arm of every
 combination of their values; then influence.csv and influence.png say how much
 each factor, and each product of factors, moves the error and the reduction.
+
+An arm that fails ends nothing: the others go on, the tables mark it, and the exit
+code is 1. `study_file.py` says what a study must be, and what is refused before any
+training: names that collide, flags that a script would refuse, and runs that are there
+but were trained with other settings than their arm has now.
 """
+import hashlib
 import itertools
 import json
 import math
 import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -27,57 +34,14 @@ import checkpoint
 import cifar10
 import commandline
 import networks
+import run_files
+import tables
 from commandline import call
+from study_file import check_out, check_runs, check_seeds, folder_of, read_study, write_record
 
-PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
-
-
-def read_study(path):
-    """The study in a JSON file; ValueError where a part is absent or of another form."""
-    try:
-        study = json.loads(Path(path).read_text())
-    except ValueError as problem:
-        raise ValueError(f"{path} is no JSON: {problem}") from None
-    if isinstance(study, dict) and "factors" in study:
-        study["arms"] = combine(path, study)
-    for name, form in PARTS.items():
-        if not isinstance(study.get(name), form) or not study[name] and form is list:
-            raise ValueError(f"{path}: {name!r} must be a {form.__name__}" + (" that is not empty" * (form is list)))
-    for place, arm in enumerate(study["arms"]):
-        if not isinstance(arm, dict) or not all(isinstance(arm.get(part), str) for part in ("group", "name", "run")):
-            raise ValueError(f"{path}: arm {place} must have a group, a name and a run, all text")
-        if arm["run"].split()[:1] not in (["train.py"], ["train_pruning.py"]):
-            raise ValueError(f"{path}: arm {arm['name']!r} must run train.py or train_pruning.py")
-    names = [arm["name"] for arm in study["arms"]]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"{path}: two arms are called {twice[0]!r}")
-    for arm in study["arms"]:
-        if arm.setdefault("against", names[0]) not in names:
-            raise ValueError(f"{path}: arm {arm['name']!r} is against {arm['against']!r}, which is no arm")
-    return study
-
-
-def combine(path, study):
-    """An arm for every combination of the factors' values; ValueError where a factor is of another form."""
-    factors, run = study["factors"], study.get("run")
-    for name, factor in factors.items():
-        if not isinstance(run, str) or not isinstance(factor.get("flag"), str) or len(factor.get("values", [])) < 2:
-            raise ValueError(f"{path}: factors need a run, and {name!r} a flag and two values or more")
-    arms = []
-    for values in itertools.product(*(factor["values"] for factor in factors.values())):
-        chosen = dict(zip(factors, values, strict=True))
-        flags = " ".join(f"{factors[name]['flag']} {value}" for name, value in chosen.items())
-        arms.append({"group": "factors", "name": ", ".join(f"{name} {value}" for name, value in chosen.items()),
-                     "run": f"{run} {flags}", "factors": chosen})
-    return arms
-
-
-def folder_of(study, arm, seed):
-    """Where a run of an arm is: runs/<study>-<arm>-<seed>."""
-    words = "".join(letter if letter.isalnum() else " " for letter in arm["name"]).split()
-    return Path("runs") / "-".join([study, *words, f"s{seed}"])
-
+NUMBERS = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes", "score_course",
+           "pflop", "minutes", "images_per_second", "test_seconds", "epochs_faster"]
+MEASURED = ("parameters", "nonzero", "sparsity", "macs", "binary_weights", "score_course")
 
 def train_arm(arm, flags, seed, folder):
     """Train one run to its end in a process of its own, from where it stands. RuntimeError where that fails."""
@@ -97,47 +61,62 @@ def measure_arm(folder, data):
     """Export a run's network, test the exported file, and keep what came out beside it. Returns a dictionary.
 
     Of floats it is the compact file, of few bits the packed one, tested in exact integers.
+    What is kept holds for the model.pt that it names, and is measured again for another.
     """
-    few = "bits" in json.loads((folder / "config.json").read_text())["architecture"]
+    few, model = "bits" in run_files.read_config(folder)["architecture"], folder / "model.pt"
     exported, measured = folder / ("exported.packed.gz" if few else "exported.pt.gz"), folder / "exported.json"
-    if not measured.exists():
-        call(["export.py", "--checkpoint", str(folder / "model.pt"), "--out", str(exported), "--no-compare"])
+    kept, sha256 = kept_of(measured, model), hashlib.sha256(model.read_bytes()).hexdigest()
+    if kept is None or kept.pop("sha256", sha256) != sha256:
+        call(["export.py", "--checkpoint", str(model), "--out", str(exported), "--no-compare"])
         test = json.loads(call(["test.py", "--checkpoint", str(exported), "--data", data, "--json"]))
         profile = json.loads(call(["profil.py", "--checkpoint", str(exported), "--json"]))
         kept = {"test_accuracy": test["accuracy"], "test_images": test["images"], "precision": test["precision"],
                 "test_seconds": test["seconds"],
-                "bytes": exported.stat().st_size} | {name: profile[name] for name in
-                                                     ("parameters", "nonzero", "sparsity", "macs", "binary_weights",
-                                                      "score_course")}
-        checkpoint.write(measured, json.dumps(kept, indent=1).encode())
-    return json.loads(measured.read_text())
+                "bytes": exported.stat().st_size} | {name: profile[name] for name in MEASURED}
+        checkpoint.write(measured, json.dumps({**kept, "sha256": sha256}, indent=1).encode())
+    return kept
+
+
+def kept_of(measured, model):
+    """What was kept of measuring a run, or None where there is nothing, or nothing that holds.
+
+    A file of an older version names no model.pt; it holds unless model.pt is newer.
+    """
+    if not measured.exists():
+        return None
+    kept = checkpoint.read_json(measured)
+    old = "sha256" not in kept and model.stat().st_mtime_ns > measured.stat().st_mtime_ns
+    return None if old or not {"test_accuracy", "bytes", *MEASURED} <= kept.keys() else kept
 
 
 def keep_files(arm, folder, out):
-    """Copy what an arm wants to keep of a run's folder to where the table goes."""
-    cifar10.check_folder(out)
-    for name, kept in arm.get("keep", {}).items():
-        checkpoint.write(out / kept, (folder / name).read_bytes())
+    """Copy what an arm wants to keep of a run's folder to where the table goes. FileNotFoundError for one not there."""
+    absent = [name for name in arm["keep"] if not (folder / name).is_file()]
+    for name, kept in arm["keep"].items():
+        if name not in absent:
+            checkpoint.write(out / kept, (folder / name).read_bytes())
+    if absent:
+        raise FileNotFoundError(f"{folder} has no {', '.join(absent)} to keep")
 
 
 def row_of(arm, seed, folder, data):
     """The row of runs.csv of one finished run."""
-    import pandas as pd
-    config, history = json.loads((folder / "config.json").read_text()), pd.read_csv(folder / "history.csv")
+    config, history = run_files.read_config(folder), run_files.read_history(folder)
     settings, speed = config["settings"], history["images_per_second"]
     last = row_of_result(history, folder / "model.pt")
     return {"group": arm["group"], "arm": arm["name"], "against": arm["against"], "seed": seed, "run": arm["run"],
             **{f"factor_{name}": value for name, value in arm.get("factors", {}).items()},
             "epochs": "+".join(map(str, history.groupby("round").size())),
-            "images_an_epoch": settings["limit"] or "all",
+            "images_an_epoch": settings.get("limit") or "all",
             "validation_accuracy": last["validation_accuracy"], "validation_loss": last["validation_loss"],
             "train_accuracy": last["train_accuracy"], "parameters_at_first": parameters_of(config["architecture"]),
             **measure_arm(folder, data),
+            "pflop": history["pflop"].iloc[-1] if "pflop" in history else None,        # so far: of the whole run
             "minutes": round(history["seconds"].sum() / 60, 2), "images_per_second": speed.median(),
             # the first epoch is left out: memory and caches are filled in it
             "epochs_faster": speed.tail(3).median() / speed.iloc[min(1, len(speed) - 1):4].median(),
             "device": config["device"],
-            "torch": config["versions"]["torch"], "started": config["started"]}
+            "torch": (config.get("versions") or {}).get("torch"), "started": config.get("started")}
 
 
 def row_of_result(history, path):
@@ -145,6 +124,8 @@ def row_of_result(history, path):
     if "parameters" not in history:
         return history.iloc[-1]
     kept = sum(parameter.numel() for parameter in networks.load_network(path)[0].parameters())
+    if not (history["parameters"] == kept).any():
+        raise ValueError(f"{path} has {kept:,} parameters, which no row of history.csv has")
     return history[history["parameters"] == kept].iloc[-1]
 
 
@@ -160,14 +141,13 @@ def table_of(runs):
     test_accuracy_low and _high: Student's 95 % interval of the mean over the seeds.
     parameters_fewer and macs_fewer, in %, and times_faster, of testing the exported
     file, are against the arm that it names; epochs_faster is its last epochs
-    against its first ones.
+    against its first ones. failed, where a run did: the seeds and why; n counts the others.
     """
     from scipy import stats
+    runs = runs.assign(**runs.reindex(columns=NUMBERS).astype(float))        # pflop is absent in old runs
     by_arm = runs.groupby(["group", "arm"], sort=False)
-    numbers = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes",
-               "score_course", "minutes", "images_per_second", "test_seconds", "epochs_faster"]
-    table = by_arm[numbers].mean()
-    table.insert(0, "n", by_arm.size())
+    table = by_arm[NUMBERS].mean()
+    table.insert(0, "n", by_arm["validation_accuracy"].count())
     for name in ("validation_accuracy", "test_accuracy"):
         table.insert(list(table).index(name) + 1, f"{name}_sd", by_arm[name].std())
     margin = stats.t.ppf(0.975, table["n"] - 1) * table["test_accuracy_sd"] / table["n"] ** 0.5
@@ -178,26 +158,41 @@ def table_of(runs):
     for name, column in (("parameters_fewer", "nonzero"), ("macs_fewer", "macs")):
         table[name] = 100 * (1 - table[column] / other[column].to_numpy())
     table["times_faster"] = other["test_seconds"].to_numpy() / table["test_seconds"]
+    if "failed" in runs:
+        texts = "seed " + runs["seed"].astype(str) + ": " + runs["failed"]
+        texts = texts.groupby(runs["arm"], sort=False).agg(lambda each: "; ".join(each.dropna()))
+        table["failed"] = texts[table["arm"]].to_numpy()
     return table
 
 
 def markdown_of(table):
-    """The table for a README; a comparison that was not made is left empty."""
+    """The table for a README, and what failed below it; a comparison that was not made is left empty."""
     lines = ["| group | arm | n | validation % | test %, exported file | parameters left | fewer | MACs | fewer "
-             "| course score | bytes | training s | test s | times faster | epochs faster |", "|---" * 15 + "|"]
+             "| course score | bytes | PFLOP | training s | test s | times faster | epochs faster |",
+             "|---" * 16 + "|"]
+    failed = []
     for row in table.to_dict("records"):
         spread = ["", ""]
         if row["n"] > 1:
             spread = [f" ± {row['validation_accuracy_sd']:.2f}", " ± {test_accuracy_sd:.2f} (95 %: "
                       "{test_accuracy_low:.2f} to {test_accuracy_high:.2f})".format(**row)]
-        shown = {name: "" if math.isnan(row[name]) else form.format(row[name])
-                 for name, form in (("parameters_fewer", "{:.1f} %"), ("macs_fewer", "{:.1f} %"),
-                                    ("times_faster", "{:.1f}"), ("epochs_faster", "{:.2f}"))}
-        lines.append("| {group} | {arm} | {n} | {validation_accuracy:.2f}{0} | {test_accuracy:.2f}{1} | {nonzero:,.0f} "
-                     "| {parameters_fewer} | {macs:,.0f} | {macs_fewer} | {score_course:.4f} | {bytes:,.0f} "
-                     "| {seconds:.0f} | {test_seconds:.2f} | {times_faster} | {epochs_faster} |"
-                     .format(*spread, **(row | shown), seconds=60 * row["minutes"]))
-    return "\n".join(lines) + "\n"
+        problem = row.get("failed") or ""
+        failed += [f"Failed: {row['arm']}, {problem}."] * bool(problem)
+        cells = [row["group"], row["arm"] + " (failed)" * bool(problem), str(row["n"]),
+                 shown(row["validation_accuracy"], "{:.2f}") + spread[0],
+                 shown(row["test_accuracy"], "{:.2f}") + spread[1],
+                 shown(row["nonzero"], "{:,.0f}"), shown(row["parameters_fewer"], "{:.1f} %", ""),
+                 shown(row["macs"], "{:,.0f}"), shown(row["macs_fewer"], "{:.1f} %", ""),
+                 shown(row["score_course"], "{:.4f}"), shown(row["bytes"], "{:,.0f}"), shown(row["pflop"], "{:.3g}"),
+                 shown(60 * row["minutes"], "{:.0f}"), shown(row["test_seconds"], "{:.2f}"),
+                 shown(row["times_faster"], "{:.1f}", ""), shown(row["epochs_faster"], "{:.2f}", "")]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n" + "".join(f"\n{line}\n" for line in failed)
+
+
+def shown(value, form, absent="-"):
+    """A number as text, or what stands for one that is not there."""
+    return absent if math.isnan(value) else form.format(value)
 
 
 def draw_accuracy(path, table, title):
@@ -205,6 +200,7 @@ def draw_accuracy(path, table, title):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    table = table.dropna(subset=["validation_accuracy"])
     figure, axes = plt.subplots(figsize=(8, 0.8 + 0.32 * len(table)), layout="constrained")
     places = {name: len(table) - place for place, name in enumerate(table["arm"])}
     for number, (group, rows) in enumerate(table.groupby("group", sort=False)):
@@ -219,7 +215,7 @@ def draw_accuracy(path, table, title):
     axes.set(xlabel="validation accuracy (%)")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)
+    checkpoint.save_figure(path, figure)
     plt.close(figure)
 
 
@@ -256,26 +252,46 @@ def write_influence(out, runs, factors):
         axes.set_title(f"{target}: mean {table[target].iloc[0]:.3g} %", fontsize=10)
         axes.set_xlabel("% from the middle of a factor to its end")
     figure.axes[0].invert_yaxis()
-    figure.savefig(out / "influence.png", dpi=120)
+    checkpoint.save_figure(out / "influence.png", figure)
 
 
 def write_results(out, study, rows):
-    """runs.csv, table.csv, table.md and accuracy.png of the rows that there are."""
+    """runs.csv, table.csv, table.md and the plots of the rows that there are. Returns the table."""
     import pandas as pd
     runs = pd.DataFrame(rows)
     table = table_of(runs)
-    cifar10.check_folder(out)
     checkpoint.write(out / "runs.csv", runs.to_csv(index=False).encode())
     checkpoint.write(out / "table.csv", table.to_csv(index=False, float_format="%.10g").encode())
     checkpoint.write(out / "table.md", markdown_of(table).encode())
-    draw_accuracy(out / "accuracy.png", table, study.get("title", out.name))
-    if "factors" in study and len(runs) >= len(study["arms"]):
-        write_influence(out, runs, list(study["factors"]))
+    measured = runs.dropna(subset=["validation_accuracy"]) if "validation_accuracy" in runs else runs[:0]
+    with checkpoint.noted():
+        if len(measured):
+            draw_accuracy(out / "accuracy.png", table, study["title"])
+        if "factors" in study and set(measured.get("arm", ())) == {arm["name"] for arm in study["arms"]}:
+            write_influence(out, measured, list(study["factors"]))
     return table
 
 
-def main(argv):
-    """Train what is not trained yet, measure, write the table."""
+def make_row(arm, seed, folder, out, flags, data, first):
+    """Train one run and measure it. Returns its row; where something failed, with `failed`, the reason.
+
+    first: files of this run are kept beside the table.
+    """
+    row = {"group": arm["group"], "arm": arm["name"], "against": arm["against"], "seed": seed, "run": arm["run"]}
+    try:
+        train_arm(arm, flags, seed, folder)
+        row = row_of(arm, seed, folder, data)
+        if first:
+            keep_files(arm, folder, out)
+    except (ValueError, OSError, RuntimeError) as problem:
+        row["failed"] = " ".join(str(problem).split())
+        print(f"note: {arm['name']}, seed {seed} failed, the others go on: {row['failed']}", file=sys.stderr,
+              flush=True)
+    return row
+
+
+def parse(argv):
+    """The flags of this script."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("study", help="the study's JSON file")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
@@ -284,23 +300,35 @@ def main(argv):
     parser.add_argument("--finished", action="store_true", help="train nothing: the table of the runs that are there")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
+    check_seeds(arguments.seeds or [], "--seeds")
+    return arguments
+
+
+def main(argv):
+    """Train what is not trained yet, measure, write the table."""
+    arguments = parse(argv)
     study, name = read_study(arguments.study), Path(arguments.study).stem
-    out = Path(arguments.out or Path("results") / name)
-    flags, rows = f"{study['flags']} --data {shlex.quote(arguments.data)}", []
-    for seed in arguments.seeds or study["seeds"]:
-        for arm in study["arms"]:
-            folder = folder_of(name, arm, seed)
-            if arguments.finished and not (folder / "finished").exists():
-                continue
-            train_arm(arm, flags, seed, folder)
-            if arm["name"] not in {row["arm"] for row in rows}:
-                keep_files(arm, folder, out)
-            rows.append(row_of(arm, seed, folder, arguments.data))
-            write_results(out, study, rows)
+    out, seeds = Path(arguments.out or Path("results") / name), arguments.seeds or study["seeds"]
+    check_out(arguments.study, out)
+    check_runs(name, study, seeds)
+    flags, rows, kept = f"{study['flags']} --data {shlex.quote(arguments.data)}", [], set()
+    for seed, arm in itertools.product(seeds, study["arms"]):
+        folder = folder_of(name, arm, seed)
+        if arguments.finished and not (folder / "finished").exists():
+            continue
+        cifar10.check_folder(out)
+        rows.append(make_row(arm, seed, folder, out, flags, arguments.data, arm["name"] not in kept))
+        kept.add(arm["name"])
+        write_record(arguments.study, out)
+        table = write_results(out, study, rows)
     if not rows:
         raise FileNotFoundError(f"no run of {name} is finished")
-    table = write_results(out, study, rows)
     print(markdown_of(table) + f"\nwritten: {out}/runs.csv, table.csv, table.md, accuracy.png")
+    tables.update(out)
+    failed = [row for row in rows if "failed" in row]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(rows)} runs failed, {out}/table.md marks them; the first is "
+                           f"{failed[0]['arm']}, seed {failed[0]['seed']}: {failed[0]['failed']}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ checkpoint. No test-time augmentation.
 """
 import json
 import os
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -62,14 +60,9 @@ def sizes_of(network):
     halves = packing.to_half(network["weights"])
     singles = {name: tensor.float() if tensor.is_floating_point() else tensor
                for name, tensor in network["weights"].items()}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.pt"
-        sizes = {}
-        for name, weights in (("float32", singles), ("half", halves)):
-            checkpoint.save(path, {**network, "weights": weights})
-            sizes[name] = os.path.getsize(path)
-        checkpoint.save_compact(path, network)
-        return sizes | {"compressed": os.path.getsize(path)}
+    return {"float32": len(checkpoint.bytes_of({**network, "weights": singles})),
+            "half": len(checkpoint.bytes_of({**network, "weights": halves})),
+            "compressed": len(checkpoint.compact_bytes(network))}
 
 
 def draw_confusion(path, result):
@@ -93,7 +86,7 @@ def draw_confusion(path, result):
                 if matrix[row, column]:
                     axes.text(column, row, f"{int(matrix[row, column])}", ha="center", va="center", fontsize=8,
                               color="white" if share[row, column] > 50 else "black")
-    figure.savefig(path, dpi=120)
+    checkpoint.save_figure(path, figure)
     plt.close(figure)
 
 
@@ -144,13 +137,15 @@ def main(argv):
     result = {"checkpoint": str(path), "dataset": dataset, "device": commandline.device_name(device),
               **test_network(model, data, kind, arguments.precision, device, arguments.batch_size, arguments.limit),
               "bytes": bytes_of(path, model, network)}
+    print(json.dumps(result)) if arguments.json else print_result(result)
     of_run = (path.parent / "config.json").exists()
     picture = arguments.picture or (path.parent / "confusion.png" if of_run else None)
     if picture:
-        draw_confusion(picture, result)
+        with checkpoint.noted():
+            draw_confusion(picture, result)
     if of_run and not arguments.limit:
-        checkpoint.merge_json(path.parent / "report.json", {"test": result})
-    print(json.dumps(result)) if arguments.json else print_result(result)
+        with checkpoint.noted():
+            checkpoint.merge_json(path.parent / "report.json", {"test": result})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ run, `--dry-run` says how long a run will take.
 import argparse
 from itertools import groupby
 
+import checkpoint
 import commandline
 import compiling
 import filter_pruning
@@ -129,7 +130,8 @@ def morph(run):
     before = {space["name"]: len(run.model.get_submodule(space["makers"][0]).weight)
               for space in morphnet.spaces_of(run.model)}
     morphnet.write_structure(run.out / f"structure-{run.round + 1}.json", wide)
-    morphnet.draw_widths(run.out / f"widths-{run.round + 1}.png", before, wide)
+    with checkpoint.noted():
+        morphnet.draw_widths(run.out / f"widths-{run.round + 1}.png", before, wide)
     morphnet.rebuild(run.model, wide)
     next_round(run)
     run.forward = compiling.again(run.model, run.forward)
@@ -159,7 +161,8 @@ def l1_cycle(run):
     if run.round == 0 or run.history[-1]["validation_loss"] <= settings["stop_loss"]:
         pruner.prune(run.model, finetune, lambda model: run.history[-1]["validation_loss"], lambda model: finish(run),
                      run.out, masks=run.masks)
-    filter_pruning.draw_cycle(run.out / "cycle.png", steps_of(run))
+    with checkpoint.noted():
+        filter_pruning.draw_cycle(run.out / "cycle.png", steps_of(run))
     print(f"{run.round} steps, limit {settings['stop_loss']:.4f}: {run.out}/model.pt is the last within it, "
           "cycle.png and norms-*.png show the way", flush=True)
 

@@ -136,6 +136,8 @@ def parse(argv):
 def main(argv):
     """Train a few steps, record, print, write."""
     arguments = parse(argv)
+    if arguments.json:
+        cifar10.check_folder(Path(arguments.json).parent)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")                # the recorder tells of every GPU that is not there
     if commandline.pick_device(arguments.device).type == "cpu":
         from torch._inductor import config

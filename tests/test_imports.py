@@ -8,13 +8,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
-    {"training_profile"},
+    {"study"},
+    {"training_profile", "study_file"},
     {"train", "train_pruning", "test", "profil", "benchmark", "export", "predict", "report",
-     "study", "deployment"},
+     "deployment"},
     {"experiment"},
     {"set_cutmix_train", "set_mixup_train", "set_pruning_train", "set_quantization_train",
      "set_distillation_train", "set_resizing_train", "set_cutout_train", "set_optimizer_train"},
-    {"networks"},
+    {"networks", "run_files", "tables"},
     {"pruning", "filter_pruning", "morphnet", "binaryconnect", "quantization"},
     {"models", "onnx_files", "integer_inference"},
     {"vgg"},

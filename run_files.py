@@ -1,0 +1,93 @@
+"""What a run wrote, read and checked: `config.json`, `history.csv`, `report.json`.
+
+Each function returns plain values that have the form which study.py and report.py
+count on; ValueError names the file and the first thing that is of another form.
+"""
+import math
+from pathlib import Path
+
+import checkpoint
+
+# name: its type; those of OPTIONAL may be absent or null
+SETTINGS = {"dataset": str, "mixing": str, "recipe": str, "seed": int, "sparsity": list}
+OPTIONAL = {"pruning": str, "score": str, "weights": str, "cycle_settings": dict, "limit": int}
+EPOCH = ("round", "seconds", "images_per_second", "train_accuracy", "validation_loss", "validation_accuracy")
+PROFILE = ("parameters", "nonzero", "parameters_removed", "macs", "macs_removed", "score_course")
+NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
+
+
+def read_config(folder):
+    """The config.json of a run, a dictionary: settings, architecture, device and more."""
+    path = Path(folder) / "config.json"
+    config = checkpoint.read_json(path)
+    for name, form in (("settings", dict), ("architecture", dict), ("device", str)):
+        check(path, config, name, form)
+    for name, form in SETTINGS.items():
+        check(path, config["settings"], name, form)
+    for name, form in OPTIONAL.items():
+        check(path, config["settings"], name, form, optional=True)
+    for place in range(len(config["settings"]["sparsity"])):
+        check(path, dict(enumerate(config["settings"]["sparsity"])), place, float)
+    check(path, config["architecture"], "name", str)
+    if "groups" in config["architecture"]:
+        check(path, config["architecture"], "groups", int)
+        config["architecture"].setdefault("shuffle", False)
+    return config
+
+
+def read_history(folder, columns=EPOCH):
+    """The history.csv of a run, a DataFrame of a row an epoch; every one of `columns` holds finite numbers."""
+    import pandas as pd
+    path = Path(folder) / "history.csv"
+    try:
+        history = pd.read_csv(path)
+    except ValueError as problem:         # pandas' own errors are of that type
+        raise ValueError(f"{path} is damaged, it is no table: {problem}") from None
+    absent = [name for name in columns if name not in history]
+    if absent:
+        raise ValueError(f"{path} is damaged: it has no column {absent[0]!r}")
+    if history.empty:
+        raise ValueError(f"{path} has no row: no epoch of that run has ended")
+    shown = [name for name in ("pflop",) if name in history]
+    for name in [*columns, *shown]:
+        numbers = pd.to_numeric(history[name], errors="coerce")
+        unusable = ~numbers.map(math.isfinite) & ~(history[name].isna() & (name in shown))
+        if unusable.any():
+            found = history[name][unusable].iloc[0]
+            raise ValueError(f"{path} is damaged: {name} holds {found!r}, not a number")
+        history[name] = numbers
+    return history
+
+
+def read_report(folder):
+    """The report.json of a run: test and profile, what test.py and profil.py put there, or {}."""
+    path = Path(folder) / "report.json"
+    report = {"test": {}, "profile": {}} | (checkpoint.read_json(path) if path.exists() else {})
+    test, profile = (check(path, report, name, dict) for name in ("test", "profile"))
+    check(path, test, "accuracy", float, optional=True)
+    check(path, check(path, test, "bytes", dict, optional=True) or {}, "compressed", float, optional=True)
+    for name in PROFILE:
+        check(path, profile, name, float, optional=True)
+    for layer in check(path, profile, "layers", list, optional=True) or ():
+        for name, form in (("name", str), ("weights", int), ("zero_weights", int)):
+            check(path, layer, name, form)
+        if not 0 <= layer["zero_weights"] <= layer["weights"] or not layer["weights"]:
+            raise ValueError(f"{path} is damaged: {layer['zero_weights']} of {layer['weights']} weights of "
+                             f"{layer['name']} are zero")
+    return report
+
+
+def check(path, held, name, form, optional=False):
+    """held[name], if it is of that form; a finite number is a float. ValueError that names the file otherwise."""
+    value = held.get(name) if isinstance(held, dict) else None
+    kind = (int, float) if form is float else form
+    if value is None and optional:
+        return None
+    if not isinstance(value, kind) or isinstance(value, bool) or form in (int, float) and not small(value):
+        raise ValueError(f"{path} is damaged: {name!r} must be {NAMES[form]}, not {str(value)[:40]!r}")
+    return value
+
+
+def small(number):
+    """Whether a number is finite, as a float too."""
+    return -1e300 < number < 1e300

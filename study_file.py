@@ -1,0 +1,224 @@
+"""A study's JSON file, read and checked whole: what would fail or mislead later is refused before any training.
+
+`read_study` gives the study; `settings_of` what an arm trains with; `check_runs` compares
+that with the runs that are there, `check_out` the table's folder with the study it is of.
+"""
+import itertools
+import json
+import math
+import os
+import shlex
+from pathlib import Path
+
+import checkpoint
+import cifar10
+import commandline
+import experiment
+import filter_pruning
+import networks
+import pruning
+import run_files
+import train
+import train_pruning
+
+PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
+SCRIPTS = {"train.py": (train, train.DEFAULTS, lambda parser: None),
+           "train_pruning.py": (train_pruning, train_pruning.ROUNDS, train_pruning.add_flags)}
+OWN = {"seed", "out", "data", "resume", "force", "dry_run"}          # what the study itself says of a run
+NOT_COMPARED = commandline.FREE | {"lines", "script"}
+WRITTEN = {"runs.csv", "table.csv", "table.md", "accuracy.png", "influence.csv", "influence.png", "study.json"}
+
+
+# ---- the file
+
+def read_study(path):
+    """The study in a JSON file; ValueError where a part is absent or of another form, or an arm's flags are refused."""
+    try:
+        study = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{path} is no JSON: {problem}") from None
+    if not isinstance(study, dict):
+        raise ValueError(f"{path} holds {str(study)[:40]!r}; a study is an object with {', '.join(PARTS)}")
+    if "factors" in study:
+        study["arms"] = combine(path, study)
+    for name, form in PARTS.items():
+        if not isinstance(study.get(name), form) or not study[name] and form is list:
+            raise ValueError(f"{path}: {name!r} must be a {form.__name__}" + (" that is not empty" * (form is list)))
+    if not isinstance(study.setdefault("title", Path(path).stem), str):
+        raise ValueError(f"{path}: 'title' must be text")
+    check_seeds(study["seeds"], f"{path}: 'seeds'")
+    for place, arm in enumerate(study["arms"]):
+        check_arm(path, place, arm)
+    check_names(path, study["arms"])
+    for arm in study["arms"]:
+        check_flags(path, study, arm)
+    return study
+
+
+def check_seeds(seeds, where):
+    """ValueError unless seeds are whole numbers from 0, each once."""
+    for place, seed in enumerate(seeds):
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise ValueError(f"{where} holds {str(seed)[:40]!r}; a seed is a whole number from 0")
+        if seed in seeds[:place]:
+            raise ValueError(f"{where} holds {seed} twice; one run would count as two")
+
+
+def check_arm(path, place, arm):
+    """ValueError unless an arm has its parts."""
+    if not isinstance(arm, dict) or not all(isinstance(arm.get(part), str) for part in ("group", "name", "run")):
+        raise ValueError(f"{path}: arm {place} must have a group, a name and a run, all text")
+    if not any(letter.isalnum() for letter in arm["name"]):
+        raise ValueError(f"{path}: arm {place} is called {arm['name']!r}; a name needs a letter or a digit")
+    if arm["run"].split()[:1] not in [[script] for script in SCRIPTS]:
+        raise ValueError(f"{path}: arm {arm['name']!r} must run {' or '.join(SCRIPTS)}")
+    keep = arm.setdefault("keep", {})
+    if not isinstance(keep, dict) or not all(isinstance(kept, str) for kept in keep.values()):
+        raise ValueError(f"{path}: arm {arm['name']!r} keeps {str(keep)[:40]!r}; it must be an object of texts")
+    for kept in keep.values():
+        if kept in WRITTEN or not kept or kept in (".", "..") or set(kept) & set("/\\\0"):
+            raise ValueError(f"{path}: arm {arm['name']!r} keeps a file as {kept!r}, which is no name of its own")
+
+
+def check_names(path, arms):
+    """ValueError where two arms share a name, a folder or a kept file, or one is against no arm. Sets `against`."""
+    names, folders, kept = [arm["name"] for arm in arms], {}, {}
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: two arms are called {twice[0]!r}")
+    for arm in arms:
+        other = folders.setdefault(folder_of("", arm, 0), arm["name"])
+        if other != arm["name"]:
+            raise ValueError(f"{path}: arms {other!r} and {arm['name']!r} would share a folder, since only letters and "
+                             "digits of a name are in it; rename one")
+        for name in arm["keep"].values():
+            if kept.setdefault(name, arm["name"]) != arm["name"] or list(arm["keep"].values()).count(name) > 1:
+                raise ValueError(f"{path}: two files are kept as {name!r}, by {kept[name]!r} and {arm['name']!r}")
+        against = arm.setdefault("against", names[0])
+        if against not in names:
+            raise ValueError(f"{path}: arm {arm['name']!r} is against {str(against)[:40]!r}, which is no arm")
+
+
+def combine(path, study):
+    """An arm for every combination of the factors' values; ValueError where a factor is of another form."""
+    factors, run = study["factors"], study.get("run")
+    if not isinstance(factors, dict) or not factors:
+        raise ValueError(f"{path}: factors must be an object that is not empty")
+    for name, factor in factors.items():
+        values = factor.get("values") if isinstance(factor, dict) else None
+        if not isinstance(run, str) or not isinstance(values, list) or len(values) < 2 or not is_flag(factor):
+            raise ValueError(f"{path}: factors need a run, and {name!r} a flag and two values or more")
+        if not all(type(value) in (int, float) and run_files.small(value) for value in values):
+            raise ValueError(f"{path}: factor {name!r} has values that are no numbers ({str(values)[:60]}); its "
+                             "influence is reckoned from them: make arms of such a choice")
+        if len(set(values)) < len(values):
+            raise ValueError(f"{path}: factor {name!r} has a value twice: {str(values)[:60]}")
+    if "arms" in study:
+        raise ValueError(f"{path}: factors make the arms; leave out one of the two")
+    if math.prod(len(factor["values"]) for factor in factors.values()) > 10_000:
+        raise ValueError(f"{path}: the factors have more than 10,000 combinations")
+    arms = []
+    for values in itertools.product(*(factor["values"] for factor in factors.values())):
+        chosen = dict(zip(factors, values, strict=True))
+        flags = " ".join(f"{factors[name]['flag']} {value}" for name, value in chosen.items())
+        arms.append({"group": "factors", "name": ", ".join(f"{name} {value}" for name, value in chosen.items()),
+                     "run": f"{run} {flags}", "factors": chosen})
+    return arms
+
+
+def is_flag(factor):
+    """Whether a factor's flag is one."""
+    flag = factor.get("flag")
+    return isinstance(flag, str) and flag.startswith("--") and len(flag.split()) == 1
+
+
+# ---- what an arm trains with
+
+def folder_of(study, arm, seed):
+    """Where a run of an arm is: runs/<study>-<arm>-<seed>."""
+    words = "".join(letter if letter.isalnum() else " " for letter in arm["name"]).split()
+    return Path("runs") / "-".join([study, *words, f"s{seed}"])
+
+
+def command_of(study, arm, seed):
+    """The script of an arm, and its flags for a seed as a list; those of the study's own are not among them."""
+    script, *own = shlex.split(arm["run"].replace("{seed}", str(seed)))
+    return script, [*shlex.split(study["flags"]), *own]
+
+
+def given_flags(script, flags):
+    """{name: value} of the flags of a training script, and its technique lines."""
+    module, _, more = SCRIPTS[script]
+    lines, choices = commandline.read_lines(module.__file__)
+    parser = commandline.training_parser("", choices, cifar10.HELP)
+    more(parser)
+    return vars(parser.parse_args(flags)), lines
+
+
+def settings_of(study, arm, seed):
+    """The settings that the training script resolves an arm's flags to, as it does (`experiment.start`)."""
+    script, flags = command_of(study, arm, seed)
+    given, lines = given_flags(script, flags)
+    settings = {**SCRIPTS[script][1], **lines, **train.RECIPES.get(given.get("recipe"), {}), **given, "seed": seed,
+                "script": script}
+    settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
+    settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
+    experiment.join_rounds(settings, "sparsity" in given)
+    commandline.check_settings(settings)
+    return settings
+
+
+def check_flags(path, study, arm):
+    """ValueError with the arm's name where its training script would refuse its flags, or the study sets them."""
+    try:
+        given, _ = given_flags(*command_of(study, arm, study["seeds"][0]))
+        taken = sorted(OWN & given.keys())
+        if taken:
+            raise ValueError(f"--{taken[0].replace('_', '-')} is set by study.py itself")
+        networks.architecture_of(settings_of(study, arm, study["seeds"][0]))
+    except (ValueError, OSError) as problem:
+        raise ValueError(f"{path}: arm {arm['name']!r}: {problem}") from None
+    except SystemExit:
+        raise ValueError(f"{path}: arm {arm['name']!r}: --help trains nothing") from None
+
+
+# ---- what is there already
+
+def check_runs(name, study, seeds):
+    """ValueError where a run that is there was trained with other settings than its arm has now."""
+    for arm, seed in itertools.product(study["arms"], seeds):
+        folder = folder_of(name, arm, seed)
+        if (folder / "config.json").exists() and ((folder / "finished").exists() or (folder / "last.pt").exists()):
+            differ = differences(run_files.read_config(folder)["settings"], settings_of(study, arm, seed))
+            if differ:
+                raise ValueError(f"{folder} was trained with other settings than arm {arm['name']!r} has now "
+                                 f"({'; '.join(differ)}); rename the arm or the study, or move that folder away")
+
+
+def differences(stored, wanted):
+    """["lr: 0.1 then, 0.2 now", ...] of the settings of a run and those of an arm; what a run did not know is left out.
+
+    An L1 cycle adds the epochs of its steps to those that it was given.
+    """
+    wanted = json.loads(json.dumps({name: value for name, value in wanted.items() if name not in NOT_COMPARED}))
+    stored = dict(stored)
+    if stored.get("pruning") == "l1_cycle" and isinstance(stored.get("epochs"), list):
+        stored["epochs"] = stored["epochs"][:len(wanted["epochs"])]
+    return [f"{name}: {stored[name]} then, {value} now" for name, value in wanted.items()
+            if name in stored and stored[name] != value]
+
+
+def check_out(path, out):
+    """ValueError where the table in `out` is that of another study file, which is still there."""
+    record = Path(out) / "study.json"
+    other = checkpoint.read_json(record).get("study") if record.exists() else None
+    if isinstance(other, str) and Path(other).is_file() and not os.path.samefile(other, path):
+        raise ValueError(f"{out} holds the table of {other}, not of {path}; rename one of the two, or choose another "
+                         "--out")
+
+
+def write_record(path, out):
+    """Write down, beside the table, which study file it is of; its path from the current folder where it is below."""
+    path, here = Path(path).resolve(), Path.cwd().resolve()
+    named = path.relative_to(here) if path.is_relative_to(here) else path
+    checkpoint.write(Path(out) / "study.json", (json.dumps({"study": named.as_posix()}) + "\n").encode())

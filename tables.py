@@ -1,0 +1,103 @@
+"""Tables in pages: what results/ holds, shown in README.md and docs/ between two marker lines.
+
+    <!-- table results/recipe/table.md -->
+    <!-- end -->
+
+`fill` puts the file's content between them. A marker may name the columns to keep,
+`<!-- table results/recipe/table.md: arm, n, test %, exported file -->`, by their titles. Of
+two columns of one title, the one to the right of the column named before is meant
+("MACs, fewer"), else the first.
+`python report.py --pages` does this for all pages; study.py and report.py for what they wrote.
+"""
+import re
+from pathlib import Path
+
+import checkpoint
+
+MARKED = re.compile(r"^<!-- table (\S+?)(?:: *([^\n]*?))? *-->\n(.*?)^<!-- (end|table .*?) -->$",
+                    re.MULTILINE | re.DOTALL)
+MARKER = re.compile(r"^<!-- *table\b.*$", re.MULTILINE)
+
+
+def fill(page_text, root):
+    """A page with the tables that its markers name, read from below `root`.
+
+    ValueError for a marker that cannot be read, that has no end, or that names no column of its table;
+    FileNotFoundError for a table that is not there.
+    """
+    filled, found = [], MARKER.findall(page_text)
+
+    def put(match):
+        path, columns, _, end = match.groups()
+        if end != "end":
+            raise ValueError(f"the table {path} has no <!-- end --> before the next one")
+        filled.append(match.start())
+        head = match.group(0).split("\n", 1)[0]
+        return f"{head}\n\n{table_of(Path(root) / path, columns)}\n\n<!-- end -->"
+    text = MARKED.sub(put, page_text)
+    if len(found) != len(filled):
+        raise ValueError(f"{len(found)} tables are marked and {len(filled)} can be filled; the lines are "
+                         "<!-- table PATH --> or <!-- table PATH: columns --> and, below, <!-- end -->; there are "
+                         f"{'; '.join(found)}")
+    return text
+
+
+def table_of(path, columns=None):
+    """The content of a file of Markdown, of its table the named columns alone where there are some."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no table at {path}")
+    lines = path.read_text(encoding="utf-8").strip().splitlines()
+    if not columns:
+        return "\n".join(lines)
+    rows = {place: cells_of(line) for place, line in enumerate(lines) if line.startswith("|")}
+    chosen = places_of(path, next(iter(rows.values()), []), columns)
+    for place, cells in rows.items():
+        lines[place] = "".join(f"|{cells[column]}" for column in chosen) + "|"
+    return "\n".join(lines)
+
+
+def cells_of(line):
+    """The cells of a row, with their blanks; a bar behind a backslash divides none."""
+    return re.split(r"(?<!\\)\|", line.strip().removeprefix("|").removesuffix("|"))
+
+
+def places_of(path, titles, columns):
+    """Where the columns are that a text names, with ", " between them; ValueError for one that is not there."""
+    places, titles = [], [title.strip() for title in titles]
+    longest_first = sorted(set(titles), key=len, reverse=True)       # a title may hold ", " itself
+    while columns:
+        name = next((title for title in longest_first if f"{columns}, ".startswith(f"{title}, ")), None)
+        if name is None:
+            raise ValueError(f"{path} has no column {columns!r}; there are {'; '.join(titles)}")
+        columns = columns[len(name) + 2:]
+        found = [place for place, title in enumerate(titles) if title == name]
+        places.append(next((place for place in found if places and place > places[-1]), found[0]))
+    return places
+
+
+def pages_of(root="."):
+    """README.md and docs/*.md below a folder, those that are there."""
+    return [page for page in (Path(root) / "README.md", *sorted(Path(root).glob("docs/*.md"))) if page.is_file()]
+
+
+def write_pages(root="."):
+    """Fill the tables of all pages; one that is up to date is not written. Returns those that were."""
+    changed = []
+    for page in pages_of(root):
+        before = page.read_text(encoding="utf-8")
+        try:
+            after = fill(before, root)
+        except (ValueError, OSError) as problem:
+            raise ValueError(f"{page}: {problem}") from None
+        if after != before:
+            checkpoint.write(page, after.encode())
+            changed.append(page)
+    return changed
+
+
+def update(out, root="."):
+    """Fill the pages where `out` is below results/, from which they are; what cannot be filled is a note."""
+    if Path(out).resolve().is_relative_to((Path(root) / "results").resolve()):
+        with checkpoint.noted():
+            for page in write_pages(root):
+                print(f"written: tables in {page}")
