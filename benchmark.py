@@ -70,7 +70,7 @@ def time_part(run, batches, images, resize_until):
     run.settings = {**settings, "resize_until": resize_until}
     begun = time.perf_counter()
     for step, (pictures, labels) in enumerate(islice(batches, count)):
-        train.train_step(run, pictures.to(run.device), labels.to(run.device), step)
+        train.train_step(run, *train.as_step_takes(run, pictures, labels), step)
     compiling.synchronise(run.device)
     seconds = time.perf_counter() - begun
     run.settings = settings
@@ -123,11 +123,12 @@ def measure_training(arguments):
         if getattr(arguments, name) is not None:
             loops[f"ours, --{name} {getattr(arguments, name)}"] = {name: getattr(arguments, name)}
     loops["published"] = {"recipe": "published"}
-    context, pipes, times = multiprocessing.get_context("spawn"), {}, {name: [] for name in loops}
+    context, pipes, facts = multiprocessing.get_context("spawn"), {}, {}
+    times = {name: [] for name in loops}
     for name, loop in loops.items():
         pipes[name], far = context.Pipe()
         context.Process(target=serve, args=(loop, arguments, far), daemon=True).start()
-    facts = {name: ask(pipe) for name, pipe in pipes.items()}
+        facts[name] = ask(pipes[name])    # it compiles and chooses alone on the device, then the next one begins
     for repeat in range(arguments.repeats + 1):       # the first one warms up
         for name, pipe in pipes.items():
             pipe.send(True)
@@ -197,8 +198,7 @@ def time_inference(network, way, batch, device_, repeats, seconds):
     """A row of the table: images a second and milliseconds a call, over `repeats` of about `seconds` each."""
     device = commandline.pick_device(device_)
     row = {"network": network, "way": way, "batch": batch, "device": commandline.device_name(device)}
-    if device.type == "cpu":
-        compiling.keep_freed_memory()
+    compiling.set_up(device)
     try:
         model = networks.build(**NETWORKS[network]).eval()
         forward, images, row["setup_seconds"] = prepare(way, model, batch, device)

@@ -240,7 +240,7 @@ class Batches:
 
     images: (N, H, W, C) uint8 and labels: (N,), as `load` gives them; chosen:
     indices of those that take part, all where None.
-    Yields images (B, C, H, W) float, normalised, and labels (B,) int64.
+    Yields images (B, C, H, W) float, normalised, in memory as channels_last, and labels (B,) int64.
     With `generator` (on the same device) an epoch is shuffled, each sample is
     cropped at its own place (reflect pad of 4) and, where `kind.flip`, mirrored
     with probability 1/2, and an incomplete last batch is dropped. With `alternating`
@@ -279,7 +279,7 @@ class Batches:
             order = order[torch.randperm(len(order), generator=self.generator, device=order.device)]
         for indices in order.split(self.batch_size)[:len(self)]:
             images = self.images[indices] if self.generator is None else self.augment(indices)
-            yield self.normalise(images.permute(0, 3, 1, 2).contiguous()), self.labels[indices]
+            yield self.normalise(images.permute(0, 3, 1, 2)), self.labels[indices]
 
     def normalise(self, images):
         """(N, C, H, W) uint8 -> float, by channel (x / 255 - mean) / std."""

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tokenize
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
 
 import streams
 
-FREE = {"data", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
+FREE = {"data", "device", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
 FIXED = ("seed", "start", "cycle", "recipe", "optimizer", "bias_lr", "teacher_views",
          "all_images")       # not even --force changes them afterwards
 # of runs that are older than these settings
@@ -317,12 +318,15 @@ def check_position(settings, state):
 
 def pick_device(name):
     """The torch.device called `name`; "auto" is CUDA, then MPS, then the CPU. ValueError names those present."""
-    present = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    with warnings.catch_warnings(record=True) as told:          # of a driver that is too old for this torch
+        usable = torch.cuda.is_available()
+    present = [f"cuda:{index}" for index in range(torch.cuda.device_count() if usable else 0)]
     present += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "auto":
         return torch.device(present[0])
     if name not in present and f"{name}:0" not in present:
-        raise ValueError(f"device {name!r} is absent; present: {', '.join(present)}")
+        reason = f" ({str(told[0].message).split(' (')[0]})" if told else ""
+        raise ValueError(f"device {name!r} is absent; present: {', '.join(present)}{reason}")
     return torch.device(name)
 
 

@@ -19,29 +19,30 @@ from torch import nn
 WORTH_COMPILING = 30_000      # training images, below which compiling costs more time than it saves
 
 
-def choose_forward(model, wanted, images, shape, autocast, device):
+def choose_forward(model, wanted, images, shape, autocast, device, layout=torch.channels_last):
     """(what to call in place of the model, training images a second, a note for people).
 
     wanted: "on", "off" or "auto", which compiles where a C++ compiler is there
-    and the run trains on enough `images`. shape: (N, C, H, W) of a batch.
-    autocast: a context manager for the forward pass. ValueError for "on" without
-    a compiler, RuntimeError where compiling then fails.
+    and the run trains on enough `images`. shape, layout: (N, C, H, W) of a batch
+    and how it lies in memory. autocast: a context manager for the forward pass.
+    ValueError for "on" without a compiler, RuntimeError where compiling then fails.
     """
-    small = (min(16, shape[0]), *shape[1:])
-    reason = why_eager(wanted, images)
+    # a small batch would tell a GPU's launches alone
+    tried = shape if device.type == "cuda" else (min(16, shape[0]), *shape[1:])
+    how, reason = (autocast, device, layout), why_eager(wanted, images)
     if reason:
-        return model, time_steps(model, model, small, autocast, device), f"eager ({reason})"
+        return model, time_steps(model, model, tried, *how), f"eager ({reason})"
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     begun = time.perf_counter()           # importing the compiler counts too
     try:
         forward = torch.compile(model, dynamic=False)
-        speed = time_steps(model, forward, shape, autocast, device)
+        speed = time_steps(model, forward, shape, *how)
         return forward, speed, f"compiled in {time.perf_counter() - begun - shape[0] / speed:.0f} s"
     except Exception as problem:          # its backends fail in many types
-        reason = f"torch.compile failed: {str(problem).strip().splitlines()[0]}"
+        reason = f"torch.compile failed: {(str(problem).strip() or type(problem).__name__).splitlines()[0]}"
         if wanted == "on":
             raise RuntimeError(reason) from None
-        return model, time_steps(model, model, small, autocast, device), f"eager ({reason})"
+        return model, time_steps(model, model, tried, *how), f"eager ({reason})"
 
 
 def again(model, forward):
@@ -101,10 +102,14 @@ class BlockDiagonalConv2d(nn.Conv2d):
 
 
 def block_diagonal(weight, groups):
-    """The weight of a grouped convolution, (O, I / groups, H, W), as that of the dense one it is, (O, I, H, W)."""
-    blocks = weight.reshape(groups, -1, 1, *weight.shape[1:])
-    own = torch.eye(groups, dtype=weight.dtype, device=weight.device).view(groups, 1, groups, 1, 1, 1)
-    return (blocks * own).reshape(len(weight), -1, *weight.shape[2:])
+    """The weight of a grouped convolution, (O, I / groups, H, W), as that of the dense one it is, (O, I, H, W).
+
+    It lies in memory as channels_last, in which the run that computes so has its images.
+    """
+    outputs, inside, *kernel = weight.shape
+    blocks = weight.permute(0, 2, 3, 1).reshape(groups, -1, *kernel, 1, inside)
+    own = torch.eye(groups, dtype=weight.dtype, device=weight.device).view(groups, 1, 1, 1, groups, 1)
+    return (blocks * own).reshape(outputs, *kernel, -1).permute(0, 3, 1, 2)
 
 
 def grouped_layers(model):
@@ -123,11 +128,50 @@ def compute_as(model, form):
         layer.__class__ = {"dense": BlockDiagonalConv2d, "grouped": nn.Conv2d}[form]
 
 
+def fastest_form(speeds, margin=1.05):
+    """Of {form: images a second} the fastest; another than "grouped" must be faster by more than noise."""
+    return max(speeds, key=lambda form: speeds[form] * (margin if form == "grouped" else 1))
+
+
 def forms_of(wanted, model, device):
     """The forms to choose between by time: the `wanted` one, or for "auto" both, where there is a GPU to do more on."""
     if wanted != "auto":
         return [wanted]
     return ["grouped", "dense"] if device.type == "cuda" and grouped_layers(model) else ["grouped"]
+
+
+class UncountedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that does not count its batches in training: nothing reads that while a momentum is set."""
+
+    def forward(self, images):
+        if not self.training or self.momentum is None:
+            return super().forward(images)
+        return F.batch_norm(images, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum,
+                            self.eps)
+
+
+def lay_out(model, layout, form):
+    """Make `model` compute in a `form` (`compute_as`), in a memory layout, without counting batches; returns it.
+
+    Again after layers were replaced or cut: fresh ones are plain and contiguous.
+    """
+    for layer in model.modules():
+        if type(layer) is nn.BatchNorm2d:
+            layer.__class__ = UncountedBatchNorm2d
+    compute_as(model, form)
+    return model.to(memory_format=layout)
+
+
+def set_up(device):
+    """How torch computes on a device from now on, in every script: exact sums, and memory that is kept.
+
+    On CUDA convolutions in float32 would otherwise take TF32, of 10 bits, and kernels whose sums differ from call to
+    call. On a CPU see `keep_freed_memory`.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    elif device.type == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory():
@@ -150,23 +194,32 @@ def find_compiler():
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def time_steps(model, forward, shape, autocast, device):
-    """Images a second of a forward and backward pass on zeros, after one that compiles and warms up."""
+def time_steps(model, forward, shape, autocast, device, layout=torch.channels_last):
+    """Images a second of a forward and backward pass on noise, after one that compiles and warms up.
+
+    On a GPU the fastest of three rows of steps without a wait between them: one
+    step alone would tell its latency, which is not what a run is made of. RuntimeError
+    where what is called in place of `model` gives gradients that are not finite:
+    torch 2.14 compiles some networks with GELU in bfloat16 so.
+    """
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    images = torch.zeros(shape, device=device)
-    if device.type == "cuda":
-        images = images.contiguous(memory_format=torch.channels_last)
-    model.train()
-    for _ in range(2):
-        begun = time.perf_counter()
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device).contiguous(memory_format=layout)
+    rows, steps = (3, 30) if device.type == "cuda" else (1, 1)
+
+    def step(images):
         with autocast:
             logits = forward(images)
         logits.float().logsumexp(1).sum().backward()
+    model.train()
+    try:
+        step(noise)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if forward is not model and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            raise RuntimeError("its gradients are not finite")
+        return shape[0] * steps / min(time_calls(step, noise, steps, device) for _ in range(rows))
+    finally:                              # also where compiling has failed in the backward pass
         model.zero_grad(set_to_none=True)
-        synchronise(device)
-        seconds = time.perf_counter() - begun
-    model.load_state_dict(kept)
-    return shape[0] / seconds
+        model.load_state_dict(kept)
 
 
 # ---- the time of anything that is called again and again

@@ -61,12 +61,14 @@ class Run:
     planned: int = 0              # training images when it began, which decide on compiling and on arithmetic
     average: torch.nn.Module = None
     averaged: tuple = None        # the tensors of average and model in pairs, see `average_pairs`
+    masked: tuple = None          # masks and the tensors that they are for, see `masked_weights`
     optimizer: torch.optim.Optimizer = None
     finite_steps: torch.Tensor = None     # on CUDA: the steps of this epoch before the first that was not finite
     schedule: object = None
     forward: object = None        # the model, or the model compiled
     dtype: torch.dtype = torch.float32    # arithmetic of forward and backward passes
     form: str = None              # of its grouped convolutions, see `compiling.compute_as`
+    layout: torch.memory_format = torch.contiguous_format     # of images and weights in memory
     teacher: torch.nn.Module = None
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
     made: list = None             # folders made for it, until its first step; None: not to be given back
@@ -171,6 +173,7 @@ def prepare(settings, state):
     if state is not None and not settings["force"]:
         cifar10.refuse_changed(settings["dataset"], state.get("kind"), kind)
     device = parallel.own_device(commandline.pick_device(settings["device"]), settings["device"])
+    refuse_other_kind(out, device, state)
     with parallel.leader_first():
         data = cifar10.load(settings["dataset"], settings["data"])
     if parallel.leads() and state is not None and not settings["dry_run"]:
@@ -188,15 +191,16 @@ def prepare(settings, state):
     check_resize(model, image_shape(kind), settings["resize"])
     if "bits" in architecture:
         begin_bits(model, architecture["bits"], calibration if state is None else None)
-    if device.type == "cpu" and settings["recipe"] != "published":
-        compiling.keep_freed_memory()
-    if device.type == "cuda":
-        torch.backends.cudnn.deterministic = True
-        model = model.to(memory_format=torch.channels_last)
     run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, kind=kind,
               forward=model)
+    if settings["recipe"] != "published":       # which trains on a CPU as it did
+        run.layout = torch.channels_last
+    if device.type != "cpu" or settings["recipe"] != "published":
+        compiling.set_up(device)
+    lay_out(run)
     if settings["teacher"]:
-        run.teacher = load_teacher(settings["teacher"], settings["dataset"], kind, device, settings["force"])
+        run.teacher = load_teacher(settings["teacher"], settings["dataset"], kind, device, settings["force"]).to(
+            memory_format=run.layout)
     if state is not None:
         restore(run, state)
     check_training(run)
@@ -210,6 +214,24 @@ def check_training(run):
     for side in sorted(sides):
         check_batch(run.model, settings["model"], settings["batch_size"], (shape[0], side, side))
     check_pruning(settings, run.model, run.masks, run.round, len(run.train), shape)
+
+
+def refuse_other_kind(out, device, state):
+    """ValueError where the run in `out` began on another kind of device, whose random generators differ."""
+    if state is None:
+        return
+    generator = state["random"]["generator"]
+    began = state.get("device") or ("cuda" if generator.numel() == 16 else device.type)    # older files do not say
+    if began != device.type:
+        raise ValueError(f"the run in {out} began on {began} and cannot go on bit for bit on {device.type}, which "
+                         f"draws other random numbers: resume it with --device {began}")
+
+
+def lay_out(run):
+    """Give the network of `run` and its average the run's memory layout and form; again after layers have changed."""
+    for model in (run.model, run.average):
+        if model is not None:
+            compiling.lay_out(model, run.layout, run.form or "grouped")
 
 
 def make_batches(data, kind, settings, device, generator):
@@ -274,11 +296,9 @@ def choose_computing(run, wanted, images, shape):
     for form in compiling.forms_of(asked, run.model, run.device):
         compiling.compute_as(run.model, form)
         tried[form] = compiling.choose_forward(run.model, wanted, images, shape, autocast(run.device, run.dtype),
-                                               run.device)
-    run.form = parallel.agreed(max(tried, key=lambda form: tried[form][1]))
-    for model in (run.model, run.average):
-        if model is not None:
-            compiling.compute_as(model, run.form)
+                                               run.device, run.layout)
+    run.form = parallel.agreed(compiling.fastest_form({form: speed for form, (_, speed, _) in tried.items()}))
+    lay_out(run)
     run.forward, speed, note = tried[run.form]
     return speed, note
 
@@ -313,13 +333,21 @@ def begin_round(run):
     run.search = start_search(settings, run.round, run.model, (channels, height, width))
     after_step(run.model, settings["weights"], settings["binary_scale"])      # binary training starts within [-H, H]
     run.average = copy.deepcopy(run.model).eval() if settings["averaging"] == "ema" else None
-    pair_average(run)
+    look_up(run)
     run.finite_steps = torch.zeros((), dtype=torch.int64, device=run.device) if run.device.type == "cuda" else None
 
 
-def pair_average(run):
-    """Look up the tensors that `train.update_average` works on; again after shrinking, which puts others in place."""
+def look_up(run):
+    """Look up the tensors that each step averages and masks; again after shrinking, which puts others in place."""
     run.averaged = average_pairs(run.average, run.model) if run.average is not None else None
+    run.masked = None
+
+
+def masked_weights(run):
+    """(weights, masks as numbers): two lists, looked up once for each dictionary that is put into `run.masks`."""
+    if run.masked is None or run.masked[0] is not run.masks:
+        run.masked = run.masks, *pruning.mask_pairs(run.model, run.masks)
+    return run.masked[1:]
 
 
 def average_pairs(average, model):
@@ -342,6 +370,7 @@ def state_of(run):
     return {**checkpoint.network_of(run.model, run.architecture), "settings": run.settings,
             "kind": cifar10.plain(run.kind),
             "masks": run.masks, "round": run.round, "epoch": run.epoch, "planned": run.planned, "form": run.form,
+            "device": run.device.type,
             "history": run.history,
             "average": checkpoint.weights_of(run.average) if run.average is not None else None,
             "optimizer": run.optimizer.state_dict(), "schedule": run.schedule.state_dict(),
@@ -354,6 +383,7 @@ def restore(run, state):
     run.round, run.epoch, run.history = state["round"], state["epoch"], state["history"]
     run.planned, run.form = state.get("planned", 0), state.get("form")
     run.masks = {name: mask.to(run.device) for name, mask in state["masks"].items()}
+    lay_out(run)
     begin_round(run)
     if run.average is not None and state["average"] is not None:
         run.average.load_state_dict(state["average"])

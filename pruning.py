@@ -181,12 +181,31 @@ def apply_masks(model, masks):
         model.get_parameter(name).mul_(mask)
 
 
-def mask_gradients(model, masks):
-    """Zero the gradients of dropped weights, so that norms and momentum see the network that is trained."""
-    for name, mask in masks.items():
-        gradient = model.get_parameter(name).grad
-        if gradient is not None:
-            gradient.mul_(mask)
+def mask_pairs(model, masks):
+    """(weights, masks as numbers of their type and layout): two lists, for `mask_weights` and `mask_gradients`.
+
+    In each step one call for all is quicker than one a layer, and numbers are multiplied with quicker than bools.
+    """
+    weights = [model.get_parameter(name) for name in masks]
+    return weights, [torch.zeros_like(weight.detach()).copy_(mask)
+                     for weight, mask in zip(weights, masks.values(), strict=True)]
+
+
+@torch.no_grad()
+def mask_weights(weights, masks):
+    """`apply_masks` with the lists of `mask_pairs`."""
+    if weights:
+        torch._foreach_mul_(weights, masks)
+
+
+def mask_gradients(weights, masks):
+    """Zero the gradients of dropped weights, so that norms and momentum see the network that is trained.
+
+    weights, masks: of `mask_pairs`.
+    """
+    found = [(weight.grad, mask) for weight, mask in zip(weights, masks, strict=True) if weight.grad is not None]
+    if found:
+        torch._foreach_mul_(*map(list, zip(*found, strict=True)))
 
 
 def sparsity_of(model, exclude=()):

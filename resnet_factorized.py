@@ -26,7 +26,17 @@ def shuffle_channels(images, groups):
     one, where there are at least as many channels in a group as groups. ShuffleNet, arXiv:1707.01083, section 3.1.
     """
     n, c, h, w = images.shape
-    return images.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+    if images.is_contiguous(memory_format=torch.channels_last):         # and so it stays
+        by_pixel = images.permute(0, 2, 3, 1).reshape(n, h, w, groups, c // groups)
+        return by_pixel.transpose(3, 4).reshape(n, h, w, c).permute(0, 3, 1, 2)
+    return images.reshape(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def take_channels(images, order):
+    """The channels of (N, C, H, W) images in another order, (K,) int64, in the memory layout that they have."""
+    if images.is_contiguous(memory_format=torch.channels_last):
+        return images.permute(0, 2, 3, 1)[..., order].permute(0, 3, 1, 2)
+    return images[:, order]
 
 
 def convolution(inputs, outputs, kernel, stride=1, groups=1):
@@ -74,7 +84,7 @@ class Block(nn.Module):
     def shuffle(self, hidden):
         """The channels between the first two convolutions, interleaved where the network is built so."""
         if self.order is not None:
-            return hidden[:, self.order]
+            return take_channels(hidden, self.order)
         return shuffle_channels(hidden, self.mixed_groups) if self.mixed_groups else hidden
 
     def remove_branch(self):

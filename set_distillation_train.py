@@ -18,7 +18,9 @@ import torch.nn.functional as F
 @torch.no_grad()
 def teach(teacher, images):
     """The teacher's logits, (N, K) float, in evaluation mode and without gradients."""
-    return teacher.eval()(images).float()
+    if teacher.training:                  # not in each step: going through all modules takes a while
+        teacher.eval()
+    return teacher(images).float()
 
 
 def distilled(loss, logits, teacher_logits, temperature, weight):

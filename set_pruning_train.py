@@ -44,9 +44,7 @@ def prune_on_schedule(settings, step, steps, model, average, masks):
 
     The masks are applied to the network and to its average, if that is not None.
     """
-    (sparsity,) = settings["sparsity"]
-    end = max(1, min(round(settings["prune_end"] * steps), steps - 1))
-    when = min(round(settings["prune_begin"] * steps), end - 1), end, settings["prune_frequency"]
+    (sparsity,), when = settings["sparsity"], when_of(settings, steps)
     schedule, *shares = {"constant": (pruning.constant_schedule, sparsity),
                          "polynomial": (pruning.polynomial_schedule, 0.0, sparsity)}[settings["pruning"]]
     wanted = schedule(step, *shares, *when)
@@ -58,6 +56,17 @@ def prune_on_schedule(settings, step, steps, model, average, masks):
         if network is not None:
             pruning.apply_masks(network, masks)
     return masks
+
+
+def when_of(settings, steps):
+    """(first step, last step, steps between) at which gradual pruning ranks the weights, in a round of `steps`."""
+    end = max(1, min(round(settings["prune_end"] * steps), steps - 1))
+    return min(round(settings["prune_begin"] * steps), end - 1), end, settings["prune_frequency"]
+
+
+def ranks_at(settings, step, steps):
+    """Whether gradual pruning ranks the weights behind `step` of `steps`."""
+    return pruning.fires(step, *when_of(settings, steps))
 
 
 def reduce_filters(settings, epoch, model, average, optimizer, masks):

@@ -7,6 +7,7 @@ checkpoint. No test-time augmentation.
 import json
 import os
 import time
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,12 @@ def test_network(model, data, kind, precision, device, batch_size=500, limit=Non
     """
     dtype, note = quantization.set_precision(model, precision, device)
     batches = cifar10.Batches(data.x_test[:limit], data.y_test[:limit], batch_size, kind, device)
+    model.to(memory_format=torch.channels_last)            # as the batches are
+    predict(model, ((images.to(dtype), labels) for images, labels in islice(batches, 1)), device)     # warms up
+    compiling.synchronise(device)
     begun = time.perf_counter()
     logits, labels = predict(model, ((images.to(dtype), labels) for images, labels in batches), device)
+    compiling.synchronise(device)
     seconds = time.perf_counter() - begun
     count = len(kind.classes)
     confusion = torch.bincount(labels * count + logits.argmax(1), minlength=count * count).view(count, count)
@@ -125,8 +130,7 @@ def main(argv):
     """Test one checkpoint and write down what came out."""
     arguments = parse(argv)
     device, path = commandline.pick_device(arguments.device), find_checkpoint(arguments.checkpoint)
-    if device.type == "cpu":
-        compiling.keep_freed_memory()
+    compiling.set_up(device)
     if arguments.picture:
         checkpoint.refuse_same(path, arguments.picture, "--picture")
     model, network = load_network(path, device)

@@ -18,13 +18,13 @@ import compiling
 import operations
 import parallel
 import pruning
-from experiment import autocast, begin_round, finish, newest, pair_average, resumable, save, start
+from experiment import autocast, begin_round, finish, lay_out, look_up, masked_weights, newest, resumable, save, start
 from networks import image_shape
 from set_cutmix_train import cutmix
 from set_cutout_train import cutout
 from set_distillation_train import ask, distilled, teach
 from set_mixup_train import mixup
-from set_pruning_train import prune_on_schedule, reduce_filters, search_penalty
+from set_pruning_train import prune_on_schedule, ranks_at, reduce_filters, search_penalty
 from set_quantization_train import after_step, evaluation_weights, step_weights
 from set_resizing_train import resized, side_of
 
@@ -140,7 +140,8 @@ def run_epoch(run, bar):
     if run.settings["pruning"] == "filters":
         left = reduce_filters(run.settings, run.epoch + 1, run.model, run.average, run.optimizer, run.masks)
         if left:
-            pair_average(run)
+            lay_out(run)
+            look_up(run)
             run.forward = compiling.again(run.model, run.forward)
             print(f"removed: {left}", flush=True)
     if run.settings["recalibrate"] and run.epoch + 1 == run.settings["epochs"][run.round]:
@@ -169,22 +170,19 @@ def train_epoch(run, bar):
     """All training batches once. Returns mean loss and accuracy in % under augmentation and mixing."""
     run.model.train()
     totals, seen = torch.zeros(2, device=run.device), 0
-    ranks_each_step = run.settings["pruning"] in commandline.GRADUAL or "binary" in run.settings["weights"]
-    read_every = 1 if ranks_each_step else READ_EVERY      # what ranks or binarizes weights must find them finite
+    steps, done = run.settings["epochs"][run.round] * len(run.train), run.epoch * len(run.train)
+    read_every = 1 if "binary" in run.settings["weights"] else READ_EVERY     # binary weights must be finite
     if run.finite_steps is not None:
         run.finite_steps.zero_()
     for step, (images, labels) in enumerate(run.train):
-        images, labels = images.to(run.device), labels.to(run.device)
-        if run.device.type == "cuda":
-            images = images.contiguous(memory_format=torch.channels_last)
+        images, labels = as_step_takes(run, images, labels)
         loss, correct = train_step(run, images, labels, step)
         run.made = None                   # from its first step on, its folder stays
-        if run.finite_steps is not None and ((step + 1) % read_every == 0 or step + 1 == len(run.train)):
-            refuse_counted(run, step)
-        if run.settings["pruning"] in commandline.GRADUAL:
-            steps = run.settings["epochs"][run.round] * len(run.train)
-            run.masks = prune_on_schedule(run.settings, run.epoch * len(run.train) + step, steps, run.model,
-                                          run.average, run.masks)
+        ranks = run.settings["pruning"] in commandline.GRADUAL and ranks_at(run.settings, done + step, steps)
+        if run.finite_steps is not None and (ranks or (step + 1) % read_every == 0 or step + 1 == len(run.train)):
+            refuse_counted(run, step)     # weights that are ranked must be finite too
+        if ranks:
+            run.masks = prune_on_schedule(run.settings, done + step, steps, run.model, run.average, run.masks)
         totals += torch.stack([loss * len(images), correct])
         seen += len(images)
         bar.update(len(images))
@@ -194,6 +192,11 @@ def train_epoch(run, bar):
                             refresh=False)
     loss, correct = (totals / seen).tolist()
     return loss, 100 * correct
+
+
+def as_step_takes(run, images, labels):
+    """A batch as `train_step` takes it: on the device of `run`, the images in its memory layout."""
+    return images.to(run.device).contiguous(memory_format=run.layout), labels.to(run.device)
 
 
 def train_step(run, images, labels, step):
@@ -225,11 +228,12 @@ def train_step(run, images, labels, step):
         loss.backward()
     correct = (logits.argmax(1) == targets.argmax(1)).sum().float()
     loss, correct = parallel.average_gradients(run.model, loss.detach(), correct)
-    pruning.mask_gradients(run.model, run.masks)
+    weights, masks = masked_weights(run)
+    pruning.mask_gradients(weights, masks)
     (refuse_nonfinite if run.finite_steps is None else count_finite)(run, loss, step)
     run.optimizer.step()
     after_step(run.model, settings["weights"], settings["binary_scale"])
-    pruning.apply_masks(run.model, run.masks)
+    pruning.mask_weights(weights, masks)
     if settings["schedule"] != "plateau":
         run.schedule.step()
     if run.average is not None:

@@ -15,7 +15,7 @@ import filter_pruning
 import morphnet
 import parallel
 import pruning
-from experiment import finish, resumable, start
+from experiment import finish, lay_out, resumable, start
 from set_pruning_train import hint_of
 from train import DEFAULTS, RECIPES, fit, recalibrate
 
@@ -132,8 +132,10 @@ def morph(run):
     morphnet.write_structure(run.out / f"structure-{run.round + 1}.json", wide)
     with checkpoint.noted():
         morphnet.draw_widths(run.out / f"widths-{run.round + 1}.png", before, wide)
-    morphnet.rebuild(run.model, wide)
+    # drawn on the CPU, whose generator every checkpoint holds
+    morphnet.rebuild(run.model.cpu(), wide).to(run.device)
     next_round(run)
+    lay_out(run)
     run.forward = compiling.again(run.model, run.forward)
     print(f"alive: {sum(alive.values()):,} of {sum(before.values()):,} channels; all {factor:.3f} times as wide: "
           f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.out}/structure-{run.round}.json",
@@ -156,6 +158,7 @@ def l1_cycle(run):
     def finetune(model, epochs):
         run.settings["epochs"].append(epochs)
         next_round(run)
+        lay_out(run)
         run.forward = compiling.again(run.model, run.forward)
         fit(run)
     if run.round == 0 or run.history[-1]["validation_loss"] <= settings["stop_loss"]:

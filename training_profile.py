@@ -65,7 +65,7 @@ def record(run, steps):
 def take_steps(run, batches, steps):
     """Train for so many steps, and wait for them."""
     for step, (images, labels) in enumerate(islice(batches, steps)):
-        train.train_step(run, images.to(run.device), labels.to(run.device), step)
+        train.train_step(run, *train.as_step_takes(run, images, labels), step)
     compiling.synchronise(run.device)
 
 
@@ -89,7 +89,7 @@ def summary_of(run, seconds, kernels, images, macs):
         kinds[REST] += max(0.0, seconds - sum(kinds.values()))
     convolutions = kinds["convolutions and products"]
     speed, reference = 3 * 2 * macs * images / convolutions, product_speed(run.dtype, run.device)
-    return {"images_per_second": images / seconds, "busy": busy,
+    return {"kind": run.device.type, "images_per_second": images / seconds, "busy": busy,
             "shares": {kind: taken / seconds for kind, taken in kinds.items()},
             "convolutions_gflops": speed / 1e9, "product_gflops": reference / 1e9,
             "slowest": {name: kernels[name] / seconds for name in sorted(kernels, key=kernels.get, reverse=True)[:10]},
@@ -112,7 +112,7 @@ def print_summary(summary):
         print()
     print(f"convolutions: {summary['convolutions_gflops']:.0f} GFLOP/s; a matrix product of {SIDE} x {SIDE}: "
           f"{summary['product_gflops']:.0f} GFLOP/s")
-    if summary["device"].startswith("cuda"):
+    if summary["kind"] == "cuda":
         print(f"the GPU computes {summary['busy']:.0%} of the time")
     print(f"bound by: {summary['bound']}")
 

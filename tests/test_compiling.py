@@ -48,6 +48,23 @@ def test_a_failing_backend_falls_back_and_says_so(monkeypatch):
         choose(model, "on")
 
 
+@pytest.mark.parametrize("broken", ["gradient", "loss"])
+def test_a_compiled_network_whose_gradients_are_not_finite_does_not_train(monkeypatch, broken):
+    """As torch 2.14 compiles GELU in bfloat16; eager trains in its place, and what was tried leaves no trace."""
+    def compiled(model, **options):
+        return lambda images: model(images) * float("nan") if broken == "loss" else model(images).relu().sqrt()
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(compiling, "find_compiler", lambda: "g++")
+    model = networks.build("lenet5")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    forward, speed, note = choose(model, "auto")
+    assert forward is model and speed > 0 and note == "eager (torch.compile failed: its gradients are not finite)"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match="gradients are not finite"):
+        choose(model, "on")
+
+
 def test_timing_leaves_no_trace():
     model, state = build("resnet18").train(), torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

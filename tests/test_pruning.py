@@ -335,10 +335,11 @@ def test_apply_masks_zeroes_what_is_dropped_and_nothing_else():
 def test_mask_gradients_zeroes_those_of_dropped_weights():
     model = small_model()
     masks = pruning.global_masks(model, 0.7)
-    pruning.mask_gradients(model, masks)                             # no gradient yet: nothing to do
+    pairs = pruning.mask_pairs(model, masks)
+    pruning.mask_gradients(*pairs)                                   # no gradient yet: nothing to do
     model(torch.randn(4, 3, 8, 8)).square().sum().backward()
     whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    pruning.mask_gradients(model, masks)
+    pruning.mask_gradients(*pairs)
     for name, parameter in model.named_parameters():
         expected = torch.where(masks[name], whole[name], 0.0) if name in masks else whole[name]
         assert torch.equal(parameter.grad, expected), name

@@ -22,9 +22,10 @@ LENET = "train.py --mixing none --model lenet5"
 HEAD = "round,seconds,images_per_second,train_accuracy,validation_loss,validation_accuracy"
 WORDS = ["flags", "seeds", "arms", "factors", "run", "group", "name", "settings", "architecture", "device", "test",
          "profile", "layers", "bytes", "sparsity", "a"]
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=5),
-                    max_leaves=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=5),
+    max_leaves=12)
 
 
 def arms_of(*named):
