@@ -24,7 +24,7 @@ train: $(VENV)/ready
 	$(RUN) train_pruning.py
 
 headline: $(VENV)/ready
-	$(RUN) training_profile.py --json results/headline_profile.json
+	$(RUN) benchmark.py profile --json results/headline_profile.json
 	$(RUN) benchmark.py training --images 20000 --convolutions grouped --json results/headline_speed.json
 	$(RUN) study.py studies/headline.json
 

@@ -26,8 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import originals
-import pictures
+from engine import originals, pictures
 
 
 class Kind(NamedTuple):

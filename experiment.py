@@ -21,22 +21,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import cifar10
-import commandline
-import compiling
 import filter_pruning
-import folders
-import parallel
 import pruning
 import quantization
-import schedules
+from engine import checkpoint, commandline, compiling, folders, parallel, schedules
+from engine.schedules import one_cycle, warm_cosine
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
-from schedules import one_cycle, warm_cosine
 from set_optimizer_train import make_optimizer
 from set_pruning_train import check_pruning, start_search
 from set_quantization_train import after_step, evaluation_weights
 from set_resizing_train import check_resize, share_of_work
+
+OWN = ("engine", "models", "deploy")      # folders whose sources a run stores beside the scripts
 
 
 @dataclass
@@ -311,7 +308,8 @@ def write_config(run):
               "arithmetic": run.arithmetic, "convolutions": run.form,
               "started": time.strftime("%Y-%m-%d %H:%M:%S"),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-              "source": {path.name: path.read_text() for path in sorted(here.glob("*.py"))}}
+              "source": {path.relative_to(here).as_posix(): path.read_text() for path in sorted(
+                  [*here.glob("*.py"), *(path for part in OWN for path in (here / part).glob("*.py"))])}}
     if run.made is None and (run.out / "config.json").exists():
         first = json.loads((run.out / "config.json").read_text())
         config |= {"started": first.get("started"), "resumed": [*first.get("resumed", []), config["started"]]}

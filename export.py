@@ -17,14 +17,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import cifar10
-import commandline
-import integer_inference
-import onnx_files
-import packing
 import quantization
-import shrinking
+from deploy import integer_inference, onnx_files
+from engine import checkpoint, commandline, packing, shrinking
 from networks import data_of, load_network
 from train import find_checkpoint
 

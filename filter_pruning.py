@@ -18,9 +18,16 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import shrinking
-from shrinking import made_weights, read_weights, reducible, shrink_layer, shrink_slots, shrink_tensor, shrink_vector  # noqa: F401  (published together)
+from engine import checkpoint, shrinking
+from engine.shrinking import (  # noqa: F401  (published together)
+    made_weights,
+    read_weights,
+    reducible,
+    shrink_layer,
+    shrink_slots,
+    shrink_tensor,
+    shrink_vector,
+)
 
 # ---- for a loop of one's own: weak outputs go to zero
 

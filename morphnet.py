@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import checkpoint
+from engine import checkpoint
 from resnet_factorized import initialise
 
 METRICS = ("macs", "parameters", "latency")

@@ -9,13 +9,13 @@ import copy
 
 import torch
 
-import checkpoint
 import cifar10
-import integer_inference
 import models
 import pruning
 import quantization
 import resnet_factorized
+from deploy import integer_inference
+from engine import checkpoint
 
 
 def build(name, bits=None, **arguments):

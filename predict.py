@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-import commandline
-import onnx_files
-import pictures
+from deploy import onnx_files
+from engine import commandline, pictures
 from networks import data_of, load_network
 from train import find_checkpoint
 

@@ -26,11 +26,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import checkpoint
 import cifar10
-import commandline
-import integer_inference
 import quantization
+from deploy import integer_inference
+from engine import checkpoint, commandline
 from networks import architecture_of, build, load_network
 from train import DEFAULTS, find_checkpoint
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import packing
+from engine import packing
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 STEPS = ("weight_step", "activation_step", "activation_offset")      # parameters of a quantized layer

@@ -20,11 +20,8 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 
-import checkpoint
 import cifar10
-import commandline
-import run_files
-import tables
+from engine import checkpoint, commandline, run_files, tables
 from train import DEFAULTS, RECIPES
 
 matplotlib.use("Agg")

@@ -8,7 +8,7 @@ probabilities, so that label smoothing and distillation compose with it.
 """
 import torch
 
-from draws import draw_shares, span
+from engine.draws import draw_shares, span
 
 
 def cutmix(images, targets, generator, alpha=1.0, probability=1.0, per_sample=False):

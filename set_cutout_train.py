@@ -8,7 +8,7 @@ line MIXING = "cutout" is active. The square has three eighths of the image's si
 """
 import torch
 
-from draws import span
+from engine.draws import span
 
 SIDE = 3 / 8
 

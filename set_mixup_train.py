@@ -9,7 +9,7 @@ cross-entropy of averaged targets is the average of the cross-entropies.
 """
 import torch
 
-from draws import draw_shares
+from engine.draws import draw_shares
 
 
 def mixup(images, targets, generator, alpha=1.0, probability=1.0, per_sample=False):

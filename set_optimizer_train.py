@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import quantization
-import shrinking
+from engine import shrinking
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315      # of the quintic iteration; singular values end between 0.7 and 1.2
 ITERATIONS = 5

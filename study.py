@@ -30,14 +30,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import cifar10
-import commandline
 import networks
-import run_files
-import tables
-from commandline import call
-from study_file import check_out, check_runs, check_seeds, folder_of, read_study, write_record
+from engine import checkpoint, commandline, run_files, tables
+from engine.commandline import call
+from studies.study_file import check_out, check_runs, check_seeds, folder_of, read_study, write_record
 
 NUMBERS = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes", "score_course",
            "pflop", "minutes", "images_per_second", "test_seconds", "epochs_faster"]

@@ -12,13 +12,10 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import cifar10
-import commandline
-import compiling
-import integer_inference
-import packing
 import quantization
+from deploy import integer_inference
+from engine import checkpoint, commandline, compiling, packing
 from networks import data_of, load_network
 from train import find_checkpoint, predict
 

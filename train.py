@@ -12,12 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import commandline
-import compiling
-import operations
-import parallel
 import pruning
+from engine import checkpoint, commandline, compiling, operations, parallel
 from experiment import autocast, begin_round, finish, lay_out, look_up, masked_weights, newest, resumable, save, start
 from networks import image_shape
 from set_cutmix_train import cutmix

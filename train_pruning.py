@@ -8,13 +8,10 @@ run, `--dry-run` says how long a run will take.
 import argparse
 from itertools import groupby
 
-import checkpoint
-import commandline
-import compiling
 import filter_pruning
 import morphnet
-import parallel
 import pruning
+from engine import checkpoint, commandline, compiling, parallel
 from experiment import finish, lay_out, resumable, start
 from set_pruning_train import hint_of
 from train import DEFAULTS, RECIPES, fit, recalibrate

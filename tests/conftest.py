@@ -77,9 +77,9 @@ def finished(tmp_path_factory):
     """A run of three rounds that nothing disturbed: its folder, and last.pt as it was after each epoch."""
     from sample_runs import ROUNDS
 
-    import checkpoint
     import train
     import train_pruning
+    from engine import checkpoint
     out, states, real = tmp_path_factory.mktemp("finished") / "run", [], train.save
 
     def save(run):
@@ -110,7 +110,7 @@ def shell(monkeypatch, capsys):
     """shell("train.py", *flags) -> (exit code, its one error line), as the script run from a shell, but in here."""
     from sample_runs import SCRIPTS, one_line
 
-    import commandline
+    from engine import commandline
 
     def call(script, *flags):
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])

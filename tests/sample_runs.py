@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import experiment
 import train
 import train_pruning
+from engine import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = shlex.split("--dataset digits --limit 32 --batch-size 32 --compile off --device cpu")

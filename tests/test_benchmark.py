@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 import benchmark
+from benchmarks import inference, training
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,10 @@ def test_both_loops_are_timed_and_compared(measured):
 
 def test_a_round_of_growing_images_takes_the_mean_of_both_halves(monkeypatch):
     seconds = {1.0: 0.25, 0.0: 1.0}
-    monkeypatch.setattr(benchmark, "time_part", lambda run, batches, images, until: seconds[until])
+    monkeypatch.setattr(training, "time_part", lambda run, batches, images, until: seconds[until])
     growing = SimpleNamespace(settings={"resize": 4, "resize_until": 0.5})
-    assert benchmark.time_training(growing, None, 32) == 0.625
-    assert benchmark.time_training(SimpleNamespace(settings={"resize": None, "resize_until": 0.5}), None, 32) == 1.0
+    assert training.time_training(growing, None, 32) == 0.625
+    assert training.time_training(SimpleNamespace(settings={"resize": None, "resize_until": 0.5}), None, 32) == 1.0
 
 
 def test_an_epoch_is_slower_than_its_training_steps(measured):
@@ -67,7 +68,16 @@ def test_inference_is_timed_compared_and_drawn(tmp_path, capsys):
 def test_what_cannot_run_says_why_and_is_not_compared(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    row = benchmark.time_inference("LeNet-5", "compiled", 1, "cpu", 1, 0.01)
+    row = inference.time_inference("LeNet-5", "compiled", 1, "cpu", 1, 0.01)
     assert row["not_run"] == "no C++ compiler found" and "milliseconds" not in row
-    table = benchmark.markdown_of([row])
+    table = inference.markdown_of([row])
     assert "| LeNet-5 | compiled | not run |  |  |" in table
+
+
+def test_a_part_is_chosen_by_its_name(capsys):
+    with pytest.raises(ValueError, match="benchmark.py speed: choose from inference, training, profile, deployment"):
+        benchmark.main(["speed"])
+    for flags in ([], ["--help"]):
+        benchmark.main(flags)
+        printed = capsys.readouterr().out
+        assert all(part in printed for part in benchmark.PARTS)

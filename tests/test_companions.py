@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 from sample_runs import SMALL, start_training
 from samples import Tiny
 
-import checkpoint
-import folders
 import networks
 import pruning
 import train
 import train_pruning
+from engine import checkpoint, folders
 
 STUDENT = [*SMALL, "--model", "lenet5-student", "--epochs", "1"]
 

@@ -5,11 +5,10 @@ import signal
 import pytest
 from sample_runs import EPOCHS, ROUNDS, folder_after, resume, same
 
-import checkpoint
-import commandline
 import experiment
 import train
 import train_pruning
+from engine import checkpoint, commandline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,13 +7,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import binaryconnect
-import checkpoint
 import cifar10
 import export
 import networks
-import onnx_files
-import shrinking
 import test as half_test
+from deploy import onnx_files
+from engine import checkpoint, shrinking
 from networks import load_network
 
 

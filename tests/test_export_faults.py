@@ -13,16 +13,15 @@ from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 from sample_runs import one_line
 
-import checkpoint
 import cifar10
-import commandline
-import deployment
 import export
 import networks
 import predict
 import profil
 import test as half_test
 import train
+from benchmarks import deployment
+from engine import checkpoint, commandline
 from networks import load_network
 
 ARCHITECTURE = {"name": "lenet5-student", "num_classes": 10, "in_channels": 3, "size": 32, "activation": "relu",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from sample_runs import ROOT, SMALL, run_script, start_training
 
-import commandline
 import train
+from engine import commandline
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ import torch
 from sample_runs import run_in_parts, same
 from torch import nn
 
-import checkpoint
-import compiling
 import filter_pruning
 import models
 import networks
@@ -18,6 +16,7 @@ import resnet_factorized
 import test as half_test
 import train
 import train_pruning
+from engine import checkpoint, compiling
 from filter_pruning import (
     Pruner,
     absolute_reduce,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from samples import blocks_of, images_of, layers_of, lively, residual, small
 from torch import nn
 
-import checkpoint
 import models
+from engine import checkpoint
 from models import BasicBlock, WideBlock, build
 
 # ---- selective addition and removed branches

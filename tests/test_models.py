@@ -5,8 +5,8 @@ from samples import images_of, layers_of, lively, small
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
 import models
+from engine import checkpoint
 from models import BasicBlock, WideBlock, arguments_of, build
 
 GOLDEN = [      # name, arguments, (channels, size) of an image, parameters, MACs

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from samples import Plain, Tiny, macs_by_torch, weights_of
 from torch import nn
 
-import checkpoint
 import models
 import morphnet
 import resnet_factorized
+from engine import checkpoint
 
 DEVICE = (1e9, 1e8)        # MACs and bytes a second
 

@@ -9,8 +9,7 @@ from sample_runs import same
 from samples import small_network
 from torch import nn
 
-import checkpoint
-import packing
+from engine import checkpoint, packing
 from resnet_factorized import build
 
 ARCHITECTURE = {"name": "resnet18", "groups": 8, "shuffle": True, "num_classes": 10, "in_channels": 3}

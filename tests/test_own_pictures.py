@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import checkpoint
 import cifar10
 import export
 import networks
-import onnx_files
 import predict
 import profil
 import test as half_test
 import train
 import train_pruning
+from deploy import onnx_files
+from engine import checkpoint
 from networks import data_of, load_network
 
 ENDINGS = [".pt.gz", ".int8.pt.gz", ".safetensors", ".onnx", ".w8.onnx", ".int8.onnx"]

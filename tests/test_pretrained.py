@@ -5,11 +5,11 @@ import pytest
 from conftest import ROOT
 
 import cifar10
-import deployment
 import export
 import profil
 import pruning
 import test as half_test
+from benchmarks import deployment
 from networks import load_network
 from train import SHIPPED
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from sample_runs import run_in_parts, same
 from torch import nn
 
-import checkpoint
 import experiment
 import export
 import networks
@@ -17,6 +16,7 @@ import pruning
 import quantization
 import train
 import train_pruning
+from engine import checkpoint
 from networks import load_network
 
 DIGITS = shlex.split("--dataset digits --compile off --device cpu --model lenet5")

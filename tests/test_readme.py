@@ -166,13 +166,14 @@ def test_commands_have_flags_that_their_scripts_know(page, parse):
 
 
 def test_every_flag_is_one_of_a_script(parse):
-    needed = {"benchmark": ["training"], "deployment": ["a"], "export": ["--out", "a"], "predict": ["a"],
-              "study": ["a"]}
+    needed = {"benchmark": [["inference"], ["training"], ["profile"], ["deployment", "a"]],
+              "export": [["--out", "a"]], "predict": [["a"]], "study": [["a"]]}
     scripts = [path.stem for path in ROOT.glob("*.py") if '__name__ == "__main__"' in path.read_text()]
     known = set(OTHERS)
     for script in scripts:
-        parser, _ = parse(script, needed.get(script, []))
-        known |= set(parser._option_string_actions)
+        for words in needed.get(script, [[]]):
+            parser, _ = parse(script, words)
+            known |= set(parser._option_string_actions)
     assert {"train_pruning", "test"} <= set(scripts)
     named = {(page.name, flag) for page in PAGES for code in code_of(visible(page)) for flag in FLAG.findall(code)}
     assert {(page, flag) for page, flag in named if flag not in known} == set()

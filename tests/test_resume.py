@@ -25,13 +25,12 @@ from sample_runs import (
     wait_for,
 )
 
-import checkpoint
-import compiling
 import experiment
 import networks
 import pruning
 import train
 import train_pruning
+from engine import checkpoint, compiling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_runs import EPOCHS, ROUNDS, SMALL, folder_after, history_of, resume, start_rounds
 
-import checkpoint
-import commandline
 import experiment
 import train
 import train_pruning
+from engine import checkpoint, commandline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

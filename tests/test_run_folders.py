@@ -6,10 +6,9 @@ import time
 import pytest
 from sample_runs import SMALL, folder_after, run_script, start_training
 
-import checkpoint
 import experiment
-import folders
 import train
+from engine import checkpoint, folders
 
 TINY = [*SMALL, "--model", "lenet5-student", "--epochs", "1"]
 

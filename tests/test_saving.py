@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from engine import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

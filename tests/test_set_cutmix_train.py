@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from draws import draw_beta
+from engine.draws import draw_beta
 from set_cutmix_train import cutmix, paste
 
 

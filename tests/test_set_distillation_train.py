@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from sample_runs import run_in_parts, same
 from torch import nn
 
-import checkpoint
 import experiment
 import networks
 import train
 import train_pruning
+from engine import checkpoint
 from set_distillation_train import distilled, teach
 
 SHORT = shlex.split("--dataset digits --device cpu --compile off --mixing none --model lenet5-student --lr 0.03 "

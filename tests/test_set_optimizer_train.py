@@ -9,9 +9,9 @@ from torch import nn
 
 import models
 import resnet_factorized
-import shrinking
 import train
 import train_pruning
+from engine import shrinking
 from set_optimizer_train import Muon, filters_of, make_optimizer, orthogonal, parameter_groups
 
 SETTINGS = {**train.DEFAULTS, "optimizer": "muon"}

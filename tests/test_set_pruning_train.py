@@ -7,7 +7,6 @@ import torch
 from sample_runs import run_in_parts, same
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
 import experiment
 import morphnet
 import networks
@@ -15,6 +14,7 @@ import profil
 import set_pruning_train
 import train
 import train_pruning
+from engine import checkpoint
 
 SHORT = shlex.split("--dataset digits --device cpu --compile off --mixing none --model resnet20 --lr 0.05 "
                     "--batch-size 16 --limit 64 --pruning morphnet --epochs 2 1")

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-import checkpoint
 import export
 import profil
 import test as half_test
 import train_pruning
+from engine import checkpoint
 from networks import load_network
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sample_runs import run_in_parts, same
 from torchvision.transforms import v2
 
-import checkpoint
 import train
 import train_pruning
+from engine import checkpoint
 from networks import build
 from set_resizing_train import SMALLEST, check_resize, resized, share_of_work, side_of
 

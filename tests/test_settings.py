@@ -11,10 +11,9 @@ import pytest
 import torch
 from sample_runs import run_script
 
-import checkpoint
-import commandline
 import train
 import train_pruning
+from engine import checkpoint, commandline
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--dataset", "digits", "--device", "cpu", "--compile", "off"]
@@ -120,6 +119,8 @@ def edited(tmp_path, script, *changes):
     """A copy of the scripts in which `script` has its lines changed: (old, new), each of which must be there."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    for folder in ("engine", "models", "deploy"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     text = (tmp_path / script).read_text()
     for old, new in changes:
         assert re.search(old, text, re.MULTILINE), old

@@ -11,16 +11,15 @@ import scipy.stats
 import torch
 from conftest import ROOT
 
-import checkpoint
 import experiment
 import export
 import networks
 import profil
-import shrinking
 import study
 import test as half_test
 import train
 import train_pruning
+from engine import checkpoint, shrinking
 
 SHORT = "--dataset digits --limit 32 --batch-size 16 --device cpu --compile off --epochs 1"
 

@@ -5,18 +5,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_study import SHORT, call_here, study_file
 
-import checkpoint
-import commandline
 import profil
 import report
-import run_files
 import study
-import tables
 import test as half_test
+from engine import checkpoint, run_files, tables
 
 LENET = "train.py --mixing none --model lenet5"
 HEAD = "round,seconds,images_per_second,train_accuracy,validation_loss,validation_accuracy"
@@ -212,8 +210,10 @@ def test_a_picture_is_whole_or_the_one_before(tmp_path, monkeypatch):
 
 
 def test_no_script_writes_a_picture_or_a_table_in_place():
-    root = Path(commandline.__file__).parent
-    for path in [*root.glob("*.py"), *root.parent.glob("*.py")]:
+    files = [*ROOT.glob("*.py"), *(path for folder in ("engine", "deploy", "benchmarks", "models", "studies")
+                                   for path in (ROOT / folder).glob("*.py"))]
+    assert len(files) > 40
+    for path in files:
         text = path.read_text()
         assert text.count(".savefig(") == (path.name == "checkpoint.py"), path.name
         assert "to_csv(out" not in text and "to_csv(path" not in text and ".write_text(" not in text, path.name
@@ -242,7 +242,6 @@ def test_a_page_is_filled_with_the_columns_that_its_marker_names(columns, shown,
 
 
 def test_pages_show_what_results_hold():
-    root = Path(commandline.__file__).parent
-    root = root if (root / "README.md").exists() else root.parent
-    for page in tables.pages_of(root):
-        assert tables.fill(page.read_text(), root) == page.read_text(), f"{page.name}: python report.py --pages"
+    assert len(tables.pages_of(ROOT)) > 5
+    for page in tables.pages_of(ROOT):
+        assert tables.fill(page.read_text(), ROOT) == page.read_text(), f"{page.name}: python report.py --pages"

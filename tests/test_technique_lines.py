@@ -9,14 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_runs import SMALL, run_script
 
-import checkpoint
-import commandline
 import experiment
 import pruning
 import set_pruning_train
 import set_quantization_train
 import train
 import train_pruning
+from engine import checkpoint, commandline
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = {script: commandline.read_lines(ROOT / script)[0] for script in ("train.py", "train_pruning.py")}

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-import checkpoint
 import cifar10
 import test as half_test
+from engine import checkpoint
 from networks import load_network
 from resnet_factorized import build
 

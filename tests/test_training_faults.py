@@ -7,9 +7,9 @@ import pytest
 import torch
 from sample_runs import SMALL, run_script, start_training
 
-import checkpoint
 import experiment
 import train
+from engine import checkpoint
 
 
 def test_diverging_validation_is_not_saved(shell, tmp_path):

@@ -8,10 +8,10 @@ from samples import SMALL, random_data
 
 import cifar10
 import models
-import operations
 import set_distillation_train
 import train
 import train_pruning
+from engine import operations
 from set_distillation_train import ask, teach
 
 FLAGS = shlex.split("--dataset digits --limit 64 --batch-size 32 --compile off --device cpu --mixing mixup "

@@ -8,7 +8,6 @@ import torch
 from sample_runs import same
 from torch import nn
 
-import checkpoint
 import experiment
 import networks
 import profil
@@ -17,6 +16,7 @@ import report
 import test as half_test
 import train
 import train_pruning
+from engine import checkpoint
 
 SHORT = ["--dataset", "digits", "--device", "cpu", "--compile", "off"]
 

@@ -21,12 +21,10 @@ import torch.nn.functional as F
 from conftest import ROOT
 from sample_runs import Stop, same, stop_after_a_save
 
-import checkpoint
-import commandline
 import experiment
-import parallel
 import train
 import train_pruning
+from engine import checkpoint, commandline, parallel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = shlex.split("--dataset digits --limit 64 --batch-size 16 --compile off --device cpu --lr 0.05")

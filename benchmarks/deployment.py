@@ -1,4 +1,4 @@
-"""What trained networks are worth in use: `python deployment.py runs/a/model.pt small=pretrained/b.pt.gz`.
+"""What trained networks are worth in use: `python benchmark.py deployment runs/a/model.pt small=pretrained/b.pt.gz`.
 
 Each network is exported by export.py, and every file is used as it would be: the
 compact one in PyTorch, eager and compiled, the ONNX files in ONNX Runtime, in
@@ -17,13 +17,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import cifar10
-import commandline
-import compiling
 import networks
-import onnx_files
-from commandline import call
+from deploy import onnx_files
+from engine import checkpoint, commandline, compiling
+from engine.commandline import call
 from networks import load_network
 
 FORMS = {"PyTorch": ".pt.gz", "PyTorch compiled": ".pt.gz", "ONNX Runtime": ".onnx",
@@ -231,6 +229,3 @@ def main(argv):
             draw(target.with_suffix(".png"), rows)
         checkpoint.write(target, (json.dumps(content, indent=1) + "\n").encode())
 
-
-if __name__ == "__main__":
-    commandline.command(main)

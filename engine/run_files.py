@@ -6,7 +6,7 @@ count on; ValueError names the file and the first thing that is of another form.
 import math
 from pathlib import Path
 
-import checkpoint
+from engine import checkpoint
 
 # name: its type; those of OPTIONAL may be absent or null
 SETTINGS = {"dataset": str, "mixing": str, "recipe": str, "seed": int, "sparsity": list}

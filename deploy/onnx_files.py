@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import packing
+from engine import checkpoint, packing
 
 
 def write_onnx(model, path, shape, about=None):

@@ -12,7 +12,7 @@ two columns of one title, the one to the right of the column named before is mea
 import re
 from pathlib import Path
 
-import checkpoint
+from engine import checkpoint
 
 MARKED = re.compile(r"^<!-- table (\S+?)(?:: *([^\n]*?))? *-->\n(.*?)^<!-- (end|table .*?) -->$",
                     re.MULTILINE | re.DOTALL)

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import checkpoint
 import models
 import networks
 import resnet_factorized
-import shrinking
+from engine import checkpoint, shrinking
 
 NETWORKS = [("resnet18", 8, True), ("resnet18", 8, False), ("resnet18", 4, True), ("resnet18", 1, False),
             ("resnet50", 8, True), ("resnet20", None, None), ("wrn-10-2", None, None), ("lenet5", None, None),

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-import streams
+from engine import streams
 
 FREE = {"data", "device", "out", "resume", "force", "dry_run", "debug"}       # may differ on resuming
 FIXED = ("seed", "start", "cycle", "recipe", "optimizer", "bias_lr", "teacher_views",
@@ -342,7 +342,7 @@ def call(command, show=False):
 
     RuntimeError that names the script where it fails, with its error line where that was not shown.
     """
-    done = subprocess.run([sys.executable, str(Path(__file__).resolve().parent / command[0]), *command[1:]],
+    done = subprocess.run([sys.executable, str(Path(__file__).resolve().parents[1] / command[0]), *command[1:]],
                           capture_output=not show, text=True)
     if done.returncode:
         error = "" if show else "; " + "".join(done.stderr.strip().splitlines()[-1:])

@@ -10,16 +10,14 @@ import os
 import shlex
 from pathlib import Path
 
-import checkpoint
 import cifar10
-import commandline
 import experiment
 import filter_pruning
 import networks
 import pruning
-import run_files
 import train
 import train_pruning
+from engine import checkpoint, commandline, run_files
 
 PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
 SCRIPTS = {"train.py": (train, train.DEFAULTS, lambda parser: None),

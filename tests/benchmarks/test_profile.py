@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import benchmark
-import training_profile
+from benchmarks import profile as training_profile
+from benchmarks import training
 
 
 @pytest.mark.parametrize("name, kind", [
@@ -68,7 +68,7 @@ def test_only_what_is_recorded_counts(one_thread):
     """Twice the steps have twice the convolutions, whatever ran before."""
     counts = []
     arguments = SimpleNamespace(dataset="digits", data="data", device="cpu")
-    run, _ = benchmark.make_run({}, arguments)
+    run, _ = training.make_run({}, arguments)
     real = training_profile.torch.profiler.profile
     for steps in (1, 3):
         recorded = []

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sample_runs import same
 from torch.utils.flop_counter import FlopCounterMode
 
-import compiling
 import networks
+from engine import compiling
 from resnet_factorized import build
 
 CPU = torch.device("cpu")

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import checkpoint
 import export
-import integer_inference
 import networks
 import predict
 import profil
 import quantization
 import test as few_bits_test
 import train
+from deploy import integer_inference
+from engine import checkpoint
 from networks import load_network
 
 NETWORKS = [

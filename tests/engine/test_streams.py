@@ -7,8 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import checkpoint
-import commandline
+from engine import checkpoint, commandline
 
 TINY = shlex.split("--dataset digits --limit 64 --epochs 1 --model lenet5 --mixing none --compile off --batch-size 32 "
                    "--device cpu")

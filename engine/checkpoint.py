@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import packing
+from engine import packing
 
 FORMAT = 1
 LARGEST = 2**31      # bytes that a compressed file may expand to

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageCms
 
-import pictures
+from engine import pictures
 
 BACKGROUNDS = [(255, 255, 255), (0, 0, 0), (10, 200, 30)]
 

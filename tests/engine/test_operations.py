@@ -6,8 +6,8 @@ from samples import macs_by_torch, small
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-import operations
 import train
+from engine import operations
 
 
 @small

@@ -17,7 +17,7 @@ from sample_runs import same
 from samples import small_network
 from torch import nn
 
-import checkpoint
+from engine import checkpoint
 from resnet_factorized import build
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,

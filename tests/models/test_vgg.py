@@ -4,12 +4,10 @@ import torch
 from sample_runs import start_training
 from samples import images_of, lively
 
-import checkpoint
 import models
-import operations
-import shrinking
 import train
-import vgg
+from engine import checkpoint, operations, shrinking
+from models import vgg
 
 DEEP, FLAT = "vgg9-6-8-10", "vgg6-6-8-10"
 

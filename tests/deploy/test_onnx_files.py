@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import networks
-import onnx_files
-import shrinking
+from deploy import onnx_files
+from engine import shrinking
 
 
 def outputs(model, path, count):

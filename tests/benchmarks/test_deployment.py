@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 
-import checkpoint
 import cifar10
-import deployment
 import networks
 import train
+from benchmarks import deployment
+from engine import checkpoint
 
 RUN = ["PyTorch", "PyTorch compiled", "ONNX Runtime int8"]      # ONNX Runtime in float32 is as in test_export.py
 

@@ -1,4 +1,4 @@
-"""What bounds training: `python training_profile.py` says where the time of a step of train.py goes (torch.profiler).
+"""What bounds training: `python benchmark.py profile` says where the time of a step of train.py goes (torch.profiler).
 
 The kinds of kernels by time, the slowest ones by name, and how close convolutions come
 to a large matrix product of the same arithmetic in the same run. On a GPU also the share
@@ -16,13 +16,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-import benchmark
-import checkpoint
 import cifar10
-import commandline
-import compiling
 import profil
 import train
+from benchmarks import training
+from engine import checkpoint, commandline, compiling
 
 KINDS = {         # the first pattern that a kernel's name has
     "batch norm, activations, additions": r"cpp_fused|triton_|batch_norm|relu|clamp_min|threshold_backward",
@@ -43,7 +41,7 @@ def record(run, steps):
 
     On a GPU what it computes, elsewhere what the CPU does.
     """
-    batches, cuda = benchmark.endless(run.train), run.device.type == "cuda"
+    batches, cuda = training.endless(run.train), run.device.type == "cuda"
     run.model.train()
     take_steps(run, batches, 5)
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiler:
@@ -142,7 +140,7 @@ def main(argv):
     if commandline.pick_device(arguments.device).type == "cpu":
         from torch._inductor import config
         config.cpp.enable_kernel_profile = True                    # what is compiled is recorded by name
-    run, how = benchmark.make_run({"recipe": arguments.recipe}, arguments)
+    run, how = training.make_run({"recipe": arguments.recipe}, arguments)
     height, width, channels = cifar10.kind_of(arguments.dataset).shape
     macs = sum(row["macs"] for row in profil.count_layers(run.model, (channels, height, width)))
     seconds, kernels = record(run, arguments.steps)
@@ -153,6 +151,3 @@ def main(argv):
     if arguments.json:
         checkpoint.write(Path(arguments.json), (json.dumps(summary, indent=1) + "\n").encode())
 
-
-if __name__ == "__main__":
-    commandline.command(main)

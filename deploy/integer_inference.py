@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-import checkpoint
-import packing
+from engine import checkpoint, packing
 
 FLOATS = "a packed file holds a network of few bits, this one has floats; --weights lsq trains one"
 

@@ -1,0 +1,1 @@
+"""The machinery: files, flags, processes, channels, tables. It imports nothing outside itself."""
