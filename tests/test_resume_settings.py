@@ -203,11 +203,12 @@ def test_a_run_does_not_go_on_where_other_numbers_are_drawn(device, size, finish
         resume(out)
 
 
-def test_a_run_goes_on_where_it_began_by_whichever_name(finished, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_began_by_whichever_name(finished, tmp_path):
     """The setting may be auto then and a name now, which is what the error above advises."""
     out = folder_after(finished, 2, tmp_path / "run")
     state = checkpoint.read(out / "last.pt")
     assert state["device"] == "cpu"
     state["settings"]["device"] = "auto"
     checkpoint.save(out / "last.pt", state)
-    assert start_rounds("--resume", "--out", out, "--device", "cpu").round == 1
+    run = start_rounds("--resume", "--out", out, "--device", "cpu")
+    assert (len(run.history), run.settings["device"]) == (2, "cpu")
