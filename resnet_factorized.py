@@ -15,7 +15,7 @@ no parameter and no MAC.
 """
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 
 def shuffle_channels(images, groups):
@@ -37,6 +37,10 @@ def take_channels(images, order):
     if images.is_contiguous(memory_format=torch.channels_last):
         return images.permute(0, 2, 3, 1)[..., order].permute(0, 3, 1, 2)
     return images[:, order]
+
+
+fx.wrap("shuffle_channels")      # they look at memory layouts, which a network that is traced does not have
+fx.wrap("take_channels")
 
 
 def convolution(inputs, outputs, kernel, stride=1, groups=1):

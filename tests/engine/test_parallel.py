@@ -27,6 +27,7 @@ import train_pruning
 from engine import checkpoint, commandline, parallel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])      # a script in a folder finds neither by itself
 SMALL = shlex.split("--dataset digits --limit 64 --batch-size 16 --compile off --device cpu --lr 0.05")
 RUNS = {
     "rounds": "--model lenet5 --epochs 2 1 2 --sparsity 0.7 0.7",
@@ -149,7 +150,7 @@ def torchrun(*arguments, folder=ROOT):
     """Two processes of a script, through torchrun."""
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                              *map(str, arguments)], cwd=folder, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH})
 
 
 @pytest.fixture(scope="module")
