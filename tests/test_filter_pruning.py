@@ -149,8 +149,8 @@ def test_absolute_threshold_beyond_all_keeps_one_channel():
 # ---- filters leave while training
 
 def filters_run(out, *flags):
-    train_pruning.main([*SHORT, "--pruning", "filters", "--filter-threshold", "0.5", "--filter-stop", "0.5", "--seed", "1",
-                        "--epochs", "12", "--out", str(out), *flags])
+    train_pruning.main([*SHORT, "--pruning", "filters", "--filter-threshold", "0.5", "--filter-stop", "0.5", "--seed",
+                        "1", "--epochs", "12", "--out", str(out), *flags])
     return checkpoint.read(out / "last.pt")
 
 

@@ -1,4 +1,4 @@
-"""docs/your-own-technique.md: what it says is done to a copy of the project, word for word, and both are trained with."""
+"""docs/your-own-technique.md: what it says is done to a copy of the project, and both techniques train."""
 import csv
 import json
 import os
