@@ -182,7 +182,7 @@ def main(argv):
     print(f"{commandline.device_name(device)}, torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        (folder / "cycle.json").write_text(json.dumps(CYCLE))
+        checkpoint.write(folder / "cycle.json", json.dumps(CYCLE).encode())
         for name in names:
             rows.append(check_technique(name, folder, device))
             print(f"{name}: {rows[-1].get('failed', 'runs')}", flush=True)

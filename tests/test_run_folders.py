@@ -13,6 +13,12 @@ from engine import checkpoint, folders
 TINY = [*SMALL, "--model", "lenet5-student", "--epochs", "1"]
 
 
+@pytest.fixture(autouse=True)
+def nothing_held(monkeypatch):
+    """Runs that other tests began and never ended hold their folders; here none does."""
+    monkeypatch.setattr(folders, "HELD", {})
+
+
 def files_of(folder):
     """{path: bytes} of all below."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
