@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import pruning
 from engine import checkpoint, commandline, compiling, operations, parallel
-from experiment import autocast, begin_round, finish, lay_out, look_up, masked_weights, newest, resumable, save, start
+from experiment import autocast, begin_round, finish, lay_out, masked_weights, newest, resumable, save, start
 from networks import image_shape
 from set_cutmix_train import cutmix
 from set_cutout_train import cutout
@@ -137,7 +137,6 @@ def run_epoch(run, bar):
         left = reduce_filters(run.settings, run.epoch + 1, run.model, run.average, run.optimizer, run.masks)
         if left:
             lay_out(run)
-            look_up(run)
             run.forward = compiling.again(run.model, run.forward)
             print(f"removed: {left}", flush=True)
     if run.settings["recalibrate"] and run.epoch + 1 == run.settings["epochs"][run.round]:
