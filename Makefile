@@ -1,34 +1,51 @@
 # make demo   environment, then the whole job on a data set that needs no download
 # make test   environment, then all tests
 # make train  the full job on CIFAR-10: 100 + 25 + 125 epochs
-# make headline  what bounds training, its speed, the full protocol of five seeds and a dense network: for a GPU
 # make lint   ruff
+# For a GPU; RUN=python3 takes a Python that has torch instead of a new environment, in every target:
+# make gpu-check       whether every technique runs there, and what is slow: two minutes
+# make headline-speed  what bounds training, and its speed
+# make headline        the full protocol, five seeds: MINUTES (9) at a time, the same command goes on;
+#                      ARM="250 epochs, polynomial" SEED=1 trains that run alone
+# make headline-table  the table of the runs that are finished
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := runs/demo
+READY := $(if $(filter $(VENV)/%,$(RUN)),$(VENV)/ready)
+MINUTES ?= 9
 
-.PHONY: demo test train headline lint
-demo: $(VENV)/ready
+.PHONY: demo test train lint gpu-check headline-speed headline headline-table
+demo: $(READY)
 	rm -rf $(DEMO)
 	$(RUN) train_pruning.py --dataset digits --epochs 4 2 5 --mixing none --lr 0.05 --batch-size 32 --out $(DEMO)
 	$(RUN) test.py --checkpoint $(DEMO)/model.pt
 	$(RUN) profil.py --checkpoint $(DEMO)/model.pt
 	$(RUN) report.py $(DEMO) --out $(DEMO)/report
 
-test: $(VENV)/ready
+test: $(READY)
 	$(RUN) -m pytest -q tests
 
-train: $(VENV)/ready
+train: $(READY)
 	$(RUN) train_pruning.py
 
-headline: $(VENV)/ready
+gpu-check: $(READY)
+	$(RUN) benchmark.py check
+
+headline-speed: $(READY)
 	$(RUN) benchmark.py profile --json results/headline_profile.json
 	$(RUN) benchmark.py training --images 20000 --convolutions grouped --json results/headline_speed.json
-	$(RUN) study.py studies/headline.json
 
-lint: $(VENV)/ready
+headline: $(READY)
+	timeout --signal=INT $(MINUTES)m $(RUN) study.py studies/headline.json $(if $(ARM),--arms "$(ARM)") \
+		$(if $(SEED),--seeds $(SEED)); code=$$?; test $$code != 124 || echo "stopped after $(MINUTES) minutes:" \
+		"the same command goes on"; test $$code = 124 || exit $$code
+
+headline-table: $(READY)
+	$(RUN) study.py studies/headline.json --finished
+
+lint: $(READY)
 	$(RUN) -m ruff check .
 
 $(VENV)/ready: requirements.txt

@@ -1,16 +1,17 @@
-"""How fast, and what for: `python benchmark.py inference`, `training`, `profile` or `deployment`.
+"""How fast, and what for: `python benchmark.py inference`, `training`, `profile`, `deployment` or `check`.
 
 inference: images a second of several networks in PyTorch and ONNX Runtime.
 training: the loop of train.py against the published run's.
 profile: where the time of a training step goes, by kind of kernel.
 deployment: trained networks in use: accuracy, bytes and milliseconds of every form of each.
+check: whether every technique runs on a GPU, and what is slow there.
 `python benchmark.py profile --help` lists the flags of one; benchmarks/ holds them.
 """
 import importlib
 
 from engine import commandline
 
-PARTS = ("inference", "training", "profile", "deployment")
+PARTS = ("inference", "training", "profile", "deployment", "check")
 
 
 def main(argv):

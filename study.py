@@ -294,6 +294,8 @@ def parse(argv):
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--out", help="where the table goes (results/<study>)")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
+    parser.add_argument("--arms", nargs="+", metavar="NAME",
+                        help="train these alone; of the others the table holds the runs that are there")
     parser.add_argument("--finished", action="store_true", help="train nothing: the table of the runs that are there")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
@@ -306,12 +308,17 @@ def main(argv):
     arguments = parse(argv)
     study, name = read_study(arguments.study), Path(arguments.study).stem
     out, seeds = Path(arguments.out or Path("results") / name), arguments.seeds or study["seeds"]
+    names = [arm["name"] for arm in study["arms"]]
+    chosen = [] if arguments.finished else arguments.arms or names
+    unknown = [each for each in arguments.arms or [] if each not in names]
+    if unknown:
+        raise ValueError(f"--arms: {arguments.study} has no arm {unknown[0]!r}; it has {', '.join(map(repr, names))}")
     check_out(arguments.study, out)
     check_runs(name, study, seeds)
     flags, rows, kept = f"{study['flags']} --data {shlex.quote(arguments.data)}", [], set()
     for seed, arm in itertools.product(seeds, study["arms"]):
         folder = folder_of(name, arm, seed)
-        if arguments.finished and not (folder / "finished").exists():
+        if arm["name"] not in chosen and not (folder / "finished").exists():
             continue
         cifar10.check_folder(out)
         rows.append(make_row(arm, seed, folder, out, flags, arguments.data, arm["name"] not in kept))

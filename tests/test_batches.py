@@ -197,6 +197,17 @@ def test_normalisation_is_that_of_torchvision(dataset):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("dataset", ["cifar10", "mnist"])
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_images_lie_by_pixel_in_memory_without_a_copy_for_it(dataset, shuffled):
+    kind = cifar10.KINDS[dataset]
+    images = np.random.default_rng(0).integers(0, 256, (6, *kind.shape), dtype=np.uint8)
+    generator = torch.Generator().manual_seed(0) if shuffled else None
+    (found, _), = cifar10.Batches(images, np.zeros(6, np.int64), 6, kind, generator=generator)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert found.stride(1) == 1
+
+
 def test_callers_arrays_are_not_written():
     data = random_data(SMALL)
     kept = random_data(SMALL)

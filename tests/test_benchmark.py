@@ -30,6 +30,27 @@ def test_both_loops_are_timed_and_compared(measured):
             assert measured["ratios"][name][part] == loops[name][part]["median"] / published[part]["median"]
 
 
+def test_loops_compile_and_choose_one_after_the_other(monkeypatch):
+    """Together on one GPU they would disturb each other's choice."""
+    events = []
+
+    class Pipe:
+        def __init__(self):
+            self.answers = [("eager", 64), *[(1.0, 1.0)] * 3]
+
+        def recv(self):
+            events.append("ready") if len(self.answers) == 4 else None
+            return self.answers.pop(0)
+
+        def send(self, asked):
+            pass
+    context = SimpleNamespace(Pipe=lambda: (Pipe(), None), Process=lambda **given: SimpleNamespace(
+        start=lambda: events.append("start")))
+    monkeypatch.setattr(training.multiprocessing, "get_context", lambda kind: context)
+    rows = training.measure_training(SimpleNamespace(resize=8, convolutions=None, repeats=2, dataset="digits"))
+    assert events == ["start", "ready"] * 3 and len(rows) == 3
+
+
 def test_a_round_of_growing_images_takes_the_mean_of_both_halves(monkeypatch):
     seconds = {1.0: 0.25, 0.0: 1.0}
     monkeypatch.setattr(training, "time_part", lambda run, batches, images, until: seconds[until])
@@ -75,7 +96,7 @@ def test_what_cannot_run_says_why_and_is_not_compared(monkeypatch):
 
 
 def test_a_part_is_chosen_by_its_name(capsys):
-    with pytest.raises(ValueError, match="benchmark.py speed: choose from inference, training, profile, deployment"):
+    with pytest.raises(ValueError, match="benchmark.py speed: choose from inference, training, profile, .*, check"):
         benchmark.main(["speed"])
     for flags in ([], ["--help"]):
         benchmark.main(flags)

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -97,6 +98,20 @@ def test_absent_cuda_is_told_with_what_there_is(shell, untrained, tmp_path, monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--device", "cuda")
     assert code == 2 and "device 'cuda' is absent; present: " in line and line.endswith("cpu")
+
+
+def test_a_driver_that_is_too_old_is_no_gpu(shell, untrained, tmp_path, monkeypatch, recwarn):
+    """The driver counts its GPU, torch says that it cannot use it, in a warning of many lines."""
+    def is_available():
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old (found version 11080). "
+                      "Please update your GPU driver by downloading", stacklevel=2)
+        return False
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    code, line = shell("train.py", *SMALL, "--out", tmp_path / "run", "--device", "cuda")
+    assert code == 2 and line.endswith("present: cpu (CUDA initialization: The NVIDIA driver on your system is too "
+                                       "old)")
+    assert commandline.pick_device("auto") == torch.device("cpu") and not recwarn.list
 
 
 def test_compile_on_without_a_compiler(shell, untrained, tmp_path, monkeypatch):

@@ -129,6 +129,28 @@ def test_the_faster_form_of_grouped_convolutions_is_kept(tmp_path, monkeypatch):
     assert forced.form == "grouped"
 
 
+@pytest.mark.parametrize("flags", ["--pruning morphnet --epochs 1 1 1 --convolutions dense",
+                                   "--pruning filters --epochs 3 --filter-threshold 0.9 --filter-interval 1 "
+                                   "--filter-stop 1 --convolutions dense"])
+def test_layers_that_are_replaced_compute_as_the_run_does(flags, tmp_path, monkeypatch):
+    """As those of a resumed run do: in its form, in its memory layout."""
+    plain, real = [], train.train_step
+
+    def train_step(run, *batch):
+        layers = [layer for layer in run.model.modules() if isinstance(layer, torch.nn.Conv2d)]
+        plain.extend(name for layer in layers for name, wrong in (
+            ("form", layer.groups > 1 and type(layer) is not compiling.BlockDiagonalConv2d),
+            ("layout", not layer.weight.is_contiguous(memory_format=torch.channels_last))) if wrong)
+        return real(run, *batch)
+    monkeypatch.setattr(train, "train_step", train_step)
+    flags = [*SMALL, *shlex.split(flags)]
+    train_pruning.main([*flags, "--out", str(tmp_path / "whole")])
+    assert plain == []
+    run_in_parts(lambda: train_pruning.main([*flags, "--out", str(tmp_path / "parts")]), tmp_path / "parts", 3)
+    assert plain == []
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_run_begun_before_a_setting_existed_goes_on_with_its_default(finished, tmp_path):
     out = folder_after(finished, 4, tmp_path / "run")
     state = checkpoint.read(out / "last.pt")

@@ -3,6 +3,7 @@ import os
 import shutil
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sample_runs import EPOCHS, ROUNDS, SMALL, folder_after, history_of, resume, start_rounds
@@ -188,3 +189,25 @@ def test_rounds_that_are_over_do_not_change(finished, tmp_path, flags):
     out = folder_after(finished, 4, tmp_path / "run")          # in its third round
     with pytest.raises(ValueError, match="are over and cannot change|in its round 3 already"):
         resume(out, "--force", *flags)
+
+
+@pytest.mark.parametrize("device, size", [(None, 16), ("cuda", 16), ("mps", 44)])
+def test_a_run_does_not_go_on_where_other_numbers_are_drawn(device, size, finished, tmp_path):
+    """Begun on a GPU; files from before they said so have a generator of a GPU's size."""
+    out = folder_after(finished, 2, tmp_path / "run")
+    state = checkpoint.read(out / "last.pt")
+    state["random"]["generator"] = torch.zeros(size, dtype=torch.uint8)
+    state["device"] = device
+    checkpoint.save(out / "last.pt", state)
+    with pytest.raises(ValueError, match=f"began on {device or 'cuda'} and cannot go on .* on cpu.*resume it with"):
+        resume(out)
+
+
+def test_a_run_goes_on_where_it_began_by_whichever_name(finished, tmp_path, monkeypatch):
+    """The setting may be auto then and a name now, which is what the error above advises."""
+    out = folder_after(finished, 2, tmp_path / "run")
+    state = checkpoint.read(out / "last.pt")
+    assert state["device"] == "cpu"
+    state["settings"]["device"] = "auto"
+    checkpoint.save(out / "last.pt", state)
+    assert start_rounds("--resume", "--out", out, "--device", "cpu").round == 1

@@ -127,6 +127,19 @@ def test_finished_makes_a_table_of_what_is_there_and_trains_nothing(tmp_path, mo
     assert table["arm"].tolist() == ["none (all)"] and table["validation_accuracy_sd"].isna().all()
 
 
+def test_arms_alone_are_trained_and_others_that_are_finished_stay_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "call", call_here)
+    path = str(study_file(tmp_path))
+    with pytest.raises(ValueError, match="--arms: .*small.json has no arm 'two'; it has 'none .all.', 'one shot'"):
+        study.main([path, "--arms", "two"])
+    study.main([path, "--arms", "none (all)", "--seeds", "1"])
+    assert [folder.name for folder in Path("runs").iterdir()] == ["small-none-all-s1"]
+    study.main([path, "--arms", "one shot", "--seeds", "1"])
+    assert pd.read_csv("results/small/runs.csv")["arm"].tolist() == ["none (all)", "one shot"]
+    assert len(list(Path("runs").iterdir())) == 2
+
+
 def row(arm, against, seed, **numbers):
     """A row of runs.csv, of an arm that nothing was measured of but what is given."""
     names = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes",

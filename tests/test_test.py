@@ -84,3 +84,20 @@ def test_without_a_checkpoint_the_newest_run_is_read(trained, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     half_test.main(["--limit", "10"])
     assert "network: runs/one/model.pt" in capsys.readouterr().out
+
+
+def test_the_clock_runs_from_a_warm_device_to_one_that_has_finished(trained, monkeypatch):
+    """A GPU goes on behind the call that launched its work, and starts up within the first one."""
+    events, clock, predict = [], half_test.time.perf_counter, half_test.predict
+    monkeypatch.setattr(half_test.time, "perf_counter", lambda: events.append("clock") or clock())
+    monkeypatch.setattr(half_test.compiling, "synchronise", lambda device: events.append("wait"))
+
+    def counted(model, batches, device):
+        logits, labels = predict(model, batches, device)
+        events.append(len(labels))
+        return logits, labels
+    monkeypatch.setattr(half_test, "predict", counted)
+    model, _ = load_network(trained / "model.pt")
+    result = half_test.test_network(model, cifar10.load("digits"), cifar10.KINDS["digits"], "half",
+                                    torch.device("cpu"), batch_size=101)
+    assert events == [101, "wait", "clock", 360, "wait", "clock"] and result["images"] == 360

@@ -202,6 +202,31 @@ def test_what_ranks_or_binarizes_weights_finds_them_finite(settings, tmp_path):
         train.train_epoch(counting_run(tmp_path, batches, **settings), BAR)
 
 
+def test_gradual_pruning_looks_only_where_it_ranks(tmp_path, monkeypatch):
+    """On a GPU each look waits."""
+    monkeypatch.setattr(train, "READ_EVERY", 100)
+    looks, real = [], train.refuse_counted
+    monkeypatch.setattr(train, "refuse_counted", lambda run, step: (looks.append(step), real(run, step)))
+    run = counting_run(tmp_path, random_batches(20), pruning="polynomial", sparsity=[0.5], prune_frequency=4,
+                       prune_begin=0.1, prune_end=0.6)
+    train.train_epoch(run, BAR)
+    assert looks == [2, 6, 10, 12, 19] and run.masks
+
+
+def test_masks_are_looked_up_once_for_each_that_are_set(tmp_path, monkeypatch):
+    run, calls, real = start_run(tmp_path, linear_model(), [None] * 9), [], experiment.pruning.mask_pairs
+    monkeypatch.setattr(experiment.pruning, "mask_pairs", lambda *given: calls.append(1) or real(*given))
+    images, labels = random_batches(1)[0]
+    for count, share in ((1, 0.5), (2, 0.8)):
+        run.masks = experiment.pruning.global_masks(run.model, share)
+        for step in range(3):
+            train.train_step(run, images, labels, step)
+            assert (run.model[1].weight == 0).sum() == round(share * 120) and len(calls) == count
+    experiment.begin_round(run)
+    train.train_step(run, images, labels, 0)
+    assert len(calls) == 3, "other tensors may be in place in another round"
+
+
 def test_a_fault_on_the_device_is_seen_before_an_epoch_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "save", lambda run: pytest.fail("it saves"))
     batches = random_batches(3)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train
 from benchmarks import profile as training_profile
 from benchmarks import training
 
@@ -50,6 +51,24 @@ def test_a_gpu_that_waits_is_bound_by_the_host(monkeypatch):
     assert waiting["busy"] == 0.75 and waiting["bound"].startswith("the host")
     assert waiting["shares"][training_profile.REST] == 0, "what it waits is no kernel"
     assert summary("cuda", {"xmma_fprop": 0.2, "triton_relu": 1.7})["bound"] == "batch norm, activations, additions"
+
+
+def test_a_gpu_by_its_name_is_told_how_much_it_computes(monkeypatch, capsys):
+    monkeypatch.setattr(training_profile, "product_speed", lambda dtype, device: 5e11)
+    for device, name in (("cuda", "NVIDIA H100 80GB HBM3"), ("cpu", "cpu, 1 threads")):
+        training_profile.print_summary({"device": name, "how": "eager", **summary(device, {"xmma_fprop": 1.5})})
+        assert ("the GPU computes 75% of the time" in capsys.readouterr().out) == (device == "cuda")
+
+
+def test_what_is_measured_are_the_batches_that_training_takes(monkeypatch):
+    """Of another memory layout they would be another computation."""
+    batch = torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last), torch.zeros(2, dtype=torch.int64)
+    run, seen = SimpleNamespace(train=[batch] * 3, device=torch.device("cpu"), layout=torch.contiguous_format,
+                                settings={"batch_size": 2}, model=torch.nn.Identity()), []
+    monkeypatch.setattr(train, "train_step", lambda run, images, labels, step: seen.append(images))
+    training_profile.take_steps(run, run.train, 1)
+    training.time_part(run, run.train, 2 * 2, 0.0)
+    assert len(seen) == 3 and all(images.is_contiguous() for images in seen)
 
 
 def test_real_steps_are_recorded(tmp_path, capsys):

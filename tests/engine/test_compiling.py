@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_runs import same
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import networks
@@ -112,6 +113,54 @@ def test_timing_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class FailsBackward(torch.autograd.Function):
+    """Its output can be computed, its gradient cannot, as where a compiler fails on the backward graph."""
+
+    @staticmethod
+    def forward(context, hidden):
+        return hidden.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise RuntimeError("no gradient")
+
+
+def test_timing_that_fails_in_the_backward_pass_leaves_no_trace(monkeypatch):
+    model = build("resnet18").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: lambda images: FailsBackward.apply(network(images)))
+    monkeypatch.setattr(compiling, "find_compiler", lambda: "g++")
+    with pytest.raises(RuntimeError, match="torch.compile failed: no gradient"):
+        choose(model, "on")
+    assert same(before, dict(model.state_dict()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("device, batch", [("cuda", 64), ("cpu", 16)])
+def test_a_gpu_is_timed_at_the_batch_of_the_run(device, batch, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(compiling, "time_steps", lambda model, forward, shape, *how: shapes.append(shape) or 1.0)
+    compiling.choose_forward(build("resnet18"), "off", 1, (64, 3, 32, 32), contextlib.nullcontext(),
+                             torch.device(device))
+    assert shapes == [(batch, 3, 32, 32)]
+
+
+@pytest.mark.parametrize("dense, form", [(99.0, "grouped"), (104.9, "grouped"), (105.1, "dense")])
+def test_another_form_must_be_faster_by_more_than_noise(dense, form):
+    assert compiling.fastest_form({"grouped": 100.0, "dense": dense}) == form
+    assert compiling.fastest_form({"dense": dense}) == "dense"
+
+
+def test_float32_is_float32_on_a_gpu(monkeypatch):
+    """And not TF32, which is torch's default for convolutions."""
+    for name, value in (("allow_tf32", True), ("deterministic", False)):
+        monkeypatch.setattr(torch.backends.cudnn, name, value)
+    compiling.set_up(torch.device("cpu"))
+    assert torch.backends.cudnn.allow_tf32
+    compiling.set_up(torch.device("cuda"))
+    assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic
+
+
 def test_compiled_and_eager_networks_agree():
     model = build("resnet18").eval()
     if compiling.find_compiler() is None:
@@ -177,6 +226,48 @@ def test_dense_form_is_the_same_network_and_is_undone():
     assert same(kept, dict(model.state_dict()))
     compiling.compute_as(model, "grouped")
     assert torch.equal(model(images), before)
+
+
+@pytest.mark.parametrize("form", ["grouped", "dense"])
+def test_every_convolution_reads_images_and_weights_in_channels_last(form):
+    model, turned = compiling.lay_out(build("resnet18", 8), torch.channels_last, form), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.convolution.default:
+                turned.extend(not each.is_contiguous(memory_format=torch.channels_last) for each in args[:2])
+            return function(*args, **(kwargs or {}))
+    with Watch():
+        model(torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last))
+    assert len(turned) == 40 and not any(turned)
+
+
+@pytest.mark.parametrize("form", ["grouped", "dense"])
+def test_a_network_computes_the_same_in_both_layouts(form):
+    model, images = build("resnet18", 8).double(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    found = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        compiling.lay_out(model, layout, form).zero_grad()
+        model(images.contiguous(memory_format=layout)).square().sum().backward()
+        found[layout] = [parameter.grad.clone() for parameter in model.parameters()]
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+def test_batches_are_not_counted_and_recalibration_still_averages():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)) for _ in range(2))
+    ours.load_state_dict(theirs.state_dict())
+    compiling.lay_out(ours, torch.contiguous_format, "grouped")
+    batches = torch.randn(3, 8, 3, 4, 4).unbind()
+    for images in batches:
+        assert torch.equal(ours(images), theirs(images))
+    assert (ours[1].num_batches_tracked, theirs[1].num_batches_tracked) == (0, 3)
+    assert torch.equal(ours[1].running_var, theirs[1].running_var)
+    for model in (ours, theirs):
+        torch.optim.swa_utils.update_bn(batches, model)
+    assert same(dict(ours.state_dict()), dict(theirs.state_dict())), "plain averages over the batches"
+    assert torch.equal(ours.eval()(images), theirs.eval()(images))
 
 
 def test_forms_are_tried_where_there_is_a_gpu_and_something_grouped():

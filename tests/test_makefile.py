@@ -1,0 +1,53 @@
+"""The Makefile's commands for a GPU: a Python of one's own, one run, nine minutes."""
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+TARGETS = ["gpu-check", "headline-speed", "headline", "headline-table", "demo"]
+
+
+def make(folder, *arguments):
+    """(exit code, what it prints) of make in a folder that has the project's Makefile and nothing else."""
+    shutil.copy(ROOT / "Makefile", folder)
+    done = subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_python_of_ones_own_needs_no_registry(target, tmp_path):
+    code, printed = make(tmp_path, "-n", target, "RUN=python3")
+    assert code == 0 and "python3 " in printed
+    assert "pip" not in printed and ".venv" not in printed
+    (tmp_path / "requirements.txt").touch()
+    code, printed = make(tmp_path, "-n", target)
+    assert code == 0 and "-m pip install" in printed and ".venv/bin/python " in printed
+
+
+def test_one_arm_and_one_seed_are_one_command(tmp_path):
+    name = "ResNet-20 12-24-48, 3 bits, 25 % pruned, distilled"
+    _, printed = make(tmp_path, "-n", "headline", "RUN=python3", f"ARM={name}", "SEED=3")
+    assert "9m python3 study.py studies/headline.json --arms" in printed
+    words = shlex.split(printed.split(";")[0].replace("\\\n", ""))
+    assert words[words.index("--arms"):] == ["--arms", name, "--seeds", "3"]
+    _, printed = make(tmp_path, "-n", "headline", "RUN=python3")
+    assert "--arms" not in printed and "--seeds" not in printed
+
+
+def test_a_command_ends_in_time_and_says_that_it_goes_on(tmp_path):
+    begun = time.monotonic()
+    (tmp_path / "study.py").write_text("import time\ntime.sleep(60)\n")
+    code, printed = make(tmp_path, "headline", f"RUN={sys.executable}", "MINUTES=0.01")
+    assert code == 0 and "stopped after 0.01 minutes: the same command goes on" in printed
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_a_command_that_ends_earlier_keeps_its_exit_code(left, tmp_path):
+    (tmp_path / "study.py").write_text(f"raise SystemExit({left})\n")
+    code, printed = make(tmp_path, "headline", f"RUN={sys.executable}")
+    assert (code == 0) == (left == 0) and "goes on" not in printed.split("\n", 3)[-1]
