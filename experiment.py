@@ -1,6 +1,6 @@
 """A run: from flags to a network that is ready to train, and from there to files and back.
 
-    run = start(__file__, "what the script does", defaults, recipes, argv)
+    run = start(__file__, "what the script does", table_of_settings, recipes, argv)
     ...                                        # train.fit and pruning change it
     save(run); finish(run)
 
@@ -9,9 +9,10 @@ into the other. Nothing here trains: the loop is `fit` in train.py.
 """
 import copy
 import csv
+import importlib
+import inspect
 import io
 import json
-import math
 import platform
 import time
 from contextlib import contextmanager
@@ -23,17 +24,25 @@ import torch
 
 import cifar10
 import filter_pruning
+import networks
 import pruning
 import quantization
-from engine import checkpoint, commandline, compiling, folders, parallel, schedules
-from engine.schedules import one_cycle, warm_cosine
+from engine import checkpoint, commandline, compiling, folders, parallel, run_files, schedules
+from engine.averages import average_pairs
+from engine.settings import alone, check, defaults_of, to_resume
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
 from set_optimizer_train import make_optimizer
-from set_pruning_train import check_pruning, start_search
+from set_pruning_train import check_position, check_pruning, join_rounds, start_search
 from set_quantization_train import after_step, evaluation_weights
 from set_resizing_train import check_resize, share_of_work
 
-OWN = ("engine", "models", "deploy")      # folders whose sources a run stores beside the scripts
+# {name: module} of the files set_<name>_train.py; a function of that name in one is what MIXING = "<name>" calls
+TECHNIQUES = {path.stem[len("set_"):-len("_train")]: importlib.import_module(path.stem)
+              for path in sorted(Path(__file__).resolve().parent.glob("set_*_train.py"))}
+MIXINGS = {name: function for name, module in TECHNIQUES.items()
+           if inspect.isfunction(function := getattr(module, name, None))}
+TABLES = [networks.SETTINGS, schedules.SETTINGS,
+          *(getattr(module, "SETTINGS", {}) for module in TECHNIQUES.values())]
 
 
 @dataclass
@@ -87,72 +96,47 @@ class Run:
 
 # ---- before the first step
 
-def start(script, description, defaults, recipes, argv, more_flags=lambda parser: None):
+def start(script, description, table, recipes, argv):
     """The run that flags and technique lines ask for, fresh or resumed; None after --dry-run.
 
-    Flags come over the recipe, the recipe over technique lines, lines over
-    `defaults`; a resumed run keeps what it was started with. recipes: {name: settings}.
+    Flags come over the recipe, the recipe over technique lines, lines over the
+    defaults of `table`, of engine/settings.py; a resumed run keeps what it was
+    started with. recipes: {name: settings}.
     """
-    lines, choices = commandline.read_lines(script)
-    parser = commandline.training_parser(description, choices, cifar10.HELP)
-    more_flags(parser)
-    given, state = vars(parser.parse_args(argv)), None
+    lines = commandline.lines_of(script, table)
+    given, state = vars(commandline.training_parser(description, table).parse_args(argv)), None
     given |= {name: str(checkpoint.find(given[name])) for name in ("teacher", "start") if given.get(name)}
     if given.get("resume"):
-        given["out"], state = state_to_resume(given, Path(script).name)
-        settings = {**defaults, **commandline.settings_to_resume(state, lines, given)}
+        given["out"], state = folders.state_to_resume(given, Path(script).name)
+        settings = to_resume(table, state, lines, given)
     else:
-        recipe = recipes.get(given.get("recipe"), {})
-        settings = {**defaults, **lines, **recipe, **given, "lines": lines, "script": Path(script).name}
-    settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
+        settings = fresh_settings(script, table, lines, recipes, given)
     settings["nesterov"] = settings["nesterov"] and settings["momentum"] > 0       # without momentum there is none
-    if state is None:
-        settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
-        join_rounds(settings, "sparsity" in given)
-    commandline.check_settings(settings)
+    check_settings(table, settings)
     if state is not None:
-        commandline.check_position(settings, state)
-    parallel.refuse(settings, commandline.SHRINKING)
+        check_position(settings, state)
+    parallel.refuse(settings["batch_size"], alone(table, settings))
     run = prepare(settings, state)
     with resumable(run, ends=settings["dry_run"]):
         announce(run)
     return None if settings["dry_run"] else run
 
 
-def state_to_resume(given, script):
-    """(folder, what its last.pt holds) of the run that --resume goes on with; no other process may train in it.
-
-    ValueError for a file that holds no run, or one of another script.
-    """
-    out = Path(given.get("out") or newest("last.pt").parent)
-    out = Path(parallel.agreed(str(out.parent if out.name == "last.pt" and out.is_file() else out)))
-    if parallel.leads() and not given.get("dry_run"):
-        folders.hold(out)
-    state = checkpoint.read(out / "last.pt")
-    if not {"settings", "optimizer", "schedule", "random"} <= state.keys():
-        raise ValueError(f"{out}/last.pt holds a network alone, not the state of a run: it cannot be resumed")
-    if state["settings"].get("script") != script:
-        raise ValueError(f"{out} is a run of {state['settings'].get('script')}; that script resumes it")
-    return str(out), state
+def fresh_settings(script, table, lines, recipes, given):
+    """The settings of a run that begins, before they are checked."""
+    settings = {**defaults_of(table), **lines, **recipes.get(given.get("recipe"), {}), **given, "lines": lines,
+                "script": Path(script).name}
+    settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
+    settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
+    join_rounds(settings, "sparsity" in given)
+    return settings
 
 
-def join_rounds(settings, sparsity_given):
-    """Pruning that is not between rounds takes the epochs of all as one round, and what the sparsities compound to."""
-    if settings["pruning"] in commandline.GRADUAL and len(settings["epochs"]) == len(settings["sparsity"]) + 1 > 1:
-        settings["sparsity"] = [1 - math.prod(1 - share for share in settings["sparsity"])]
-        settings["epochs"] = [sum(settings["epochs"])]
-    if settings["pruning"] in commandline.SHRINKING and not sparsity_given:
-        settings["sparsity"] = []
-        if settings["pruning"] != "morphnet":
-            settings["epochs"] = [sum(settings["epochs"])]
-
-
-def newest(name, folder="runs"):
-    """The newest runs/<run>/<name>; FileNotFoundError where there is none."""
-    found = sorted(Path(folder).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(f"there is no {folder}/*/{name}; train first, or name one")
-    return found[-1]
+def check_settings(table, settings):
+    """ValueError for the first setting that its table refuses, or that does not fit another one of its technique."""
+    check(table, settings)
+    for module in TECHNIQUES.values():
+        getattr(module, "check_settings", lambda settings: None)(settings)
 
 
 def prepare(settings, state):
@@ -165,12 +149,12 @@ def prepare(settings, state):
     if state is None and parallel.leads():
         folders.refuse_used(out)
     settings["out"] = str(out)
-    folders.check_files(settings, out, state is None)
+    filter_pruning.check_files(settings, out, state is None)
     architecture, kind = architecture_of(settings), cifar10.kind_of(settings["dataset"])
     if state is not None and not settings["force"]:
         cifar10.refuse_changed(settings["dataset"], state.get("kind"), kind)
     device = parallel.own_device(commandline.pick_device(settings["device"]), settings["device"])
-    refuse_other_kind(out, device, state)
+    folders.refuse_other_kind(out, device, state)
     with parallel.leader_first():
         data = cifar10.load(settings["dataset"], settings["data"])
     if parallel.leads() and state is not None and not settings["dry_run"]:
@@ -211,17 +195,6 @@ def check_training(run):
     for side in sorted(sides):
         check_batch(run.model, settings["model"], settings["batch_size"], (shape[0], side, side))
     check_pruning(settings, run.model, run.masks, run.round, len(run.train), shape)
-
-
-def refuse_other_kind(out, device, state):
-    """ValueError where the run in `out` began on another kind of device, whose random generators differ."""
-    if state is None:
-        return
-    generator = state["random"]["generator"]
-    began = state.get("device") or ("cuda" if generator.numel() == 16 else device.type)    # older files do not say
-    if began != device.type:
-        raise ValueError(f"the run in {out} began on {began} and cannot go on bit for bit on {device.type}, which "
-                         f"draws other random numbers: resume it with --device {began}")
 
 
 def lay_out(run):
@@ -306,14 +279,12 @@ def choose_computing(run, wanted, images, shape):
 
 def write_config(run):
     """config.json: the resolved settings, the sources, the versions, the device."""
-    here = Path(__file__).resolve().parent
     config = {"settings": run.settings, "architecture": run.architecture,
               "device": commandline.device_name(run.device), "processes": parallel.ranks(),
               "arithmetic": run.arithmetic, "convolutions": run.form,
               "started": time.strftime("%Y-%m-%d %H:%M:%S"),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-              "source": {path.relative_to(here).as_posix(): path.read_text() for path in sorted(
-                  [*here.glob("*.py"), *(path for part in OWN for path in (here / part).glob("*.py"))])}}
+              "source": run_files.sources_of(Path(__file__).resolve().parent)}
     if run.made is None and (run.out / "config.json").exists():
         first = json.loads((run.out / "config.json").read_text())
         config |= {"started": first.get("started"), "resumed": [*first.get("resumed", []), config["started"]]}
@@ -324,13 +295,7 @@ def begin_round(run):
     """A fresh optimizer, schedule and weight average for the round that `run` stands at."""
     settings, steps = run.settings, run.settings["epochs"][run.round] * len(run.train)
     run.optimizer = make_optimizer(run.model, settings)
-    if settings["schedule"] == "plateau":
-        run.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer)
-    else:
-        shape = {"one-cycle": one_cycle, "cosine": warm_cosine}[settings["schedule"]]
-        peak = [] if settings["peak"] is None else [settings["peak"]]
-        run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer,
-                                                         lambda step: shape(step / steps, *peak))
+    run.schedule = schedules.make_schedule(run.optimizer, settings["schedule"], steps, settings["peak"])
     height, width, channels = run.kind.shape
     run.search = start_search(settings, run.round, run.model, (channels, height, width))
     after_step(run.model, settings["weights"], settings["binary_scale"])      # binary training starts within [-H, H]
@@ -350,14 +315,6 @@ def masked_weights(run):
     if run.masked is None or run.masked[0] is not run.masks:
         run.masked = run.masks, *pruning.mask_pairs(run.model, run.masks)
     return run.masked[1:]
-
-
-def average_pairs(average, model):
-    """(averages, weights, counts, new counts): four lists of the tensors of two equal networks, floats and integers."""
-    old, new = average.state_dict().values(), model.state_dict().values()
-    pairs = list(zip(old, new, strict=True))
-    floats, integers = ([pair for pair in pairs if pair[0].is_floating_point() == wanted] for wanted in (True, False))
-    return tuple([pair[side] for pair in kind] for kind in (floats, integers) for side in (0, 1))
 
 
 def autocast(device, dtype):

@@ -12,13 +12,13 @@ network of this project. `Pruner` is the other way round: it removes the filters
 of smallest L1 norm, fine-tunes, and goes on while the validation loss allows it.
 """
 import json
-import math
 import time
 from pathlib import Path
 
 import torch
 
-from engine import checkpoint, shrinking
+from engine import checkpoint, folders, shrinking
+from engine.settings import Setting, check_value, defaults_of
 from engine.shrinking import (  # noqa: F401  (published together)
     made_weights,
     read_weights,
@@ -28,6 +28,22 @@ from engine.shrinking import (  # noqa: F401  (published together)
     shrink_tensor,
     shrink_vector,
 )
+
+SHRINKING = ("filters", "l1_cycle", "morphnet")      # of the lines PRUNING, those by which whole channels leave
+SETTINGS = {
+    "filter_threshold": Setting(0.1, "how much shorter a filter gets: a share of its layer's longest, or a norm",
+                                low=0),
+    "filter_relative": Setting(True, "threshold by layer"),
+    "filter_columns": Setting(False, "weights that read a channel count"),
+    "filter_one_layer": Setting(False, "one layer at a time, in turn"),
+    "filter_interval": Setting(2, "epochs from one removal to the next", low=1),
+    "filter_stop": Setting(0.6, "share of the training after which filters stay", low=0, high=1),
+    "cycle": Setting(None, "settings of the L1 cycle, see filter_pruning.CYCLE", form=str, shown="JSON", fixed=True),
+    "cycle_settings": Setting({}),
+    "stop_loss": Setting(None, "validation loss that ends the L1 cycle (a tenth above that before the first removal)",
+                         low=0, form=float),
+}
+
 
 # ---- for a loop of one's own: weak outputs go to zero
 
@@ -109,8 +125,12 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
 
 # ---- the L1 filter cycle: prune, fine-tune, evaluate, as long as the loss allows
 
-SETTINGS = {"input_model_path": None, "output_model_path": None, "finetuning_epochs": 10, "stop_loss": 0.1,
-            "pruning_percent_step": 0.05, "pruning_standard_deviation_part": 0.2, "layers": None, "round_to": 1}
+CYCLE = {
+    "input_model_path": Setting(None, form=str), "output_model_path": Setting(None, form=str),
+    "finetuning_epochs": Setting(10, low=1), "stop_loss": Setting(0.1, low=0),
+    "pruning_percent_step": Setting(0.05, low=0, high=1), "pruning_standard_deviation_part": Setting(0.2, low=0),
+    "layers": Setting(None, form=str, many="+"), "round_to": Setting(1, low=1),
+}
 SPELLINGS = {"pruning_standart_deviation_part": "pruning_standard_deviation_part"}       # as it was published
 
 
@@ -121,28 +141,34 @@ def read_given(config):
         given = {SPELLINGS.get(name, name): value for name, value in given.items()}
     except (ValueError, AttributeError) as problem:
         raise ValueError(f"{config} is no JSON object of settings: {problem}") from None
-    unknown = sorted(set(given) - set(SETTINGS))
+    unknown = sorted(set(given) - set(CYCLE))
     if unknown:
-        raise ValueError(f"no setting is called {unknown[0]!r}; there are {', '.join(SETTINGS)}")
-    check_cycle({**SETTINGS, **given})
+        raise ValueError(f"no setting is called {unknown[0]!r}; there are {', '.join(CYCLE)}")
+    for name, value in given.items():
+        check_value(CYCLE[name], value, f"{name} {value!r}")
     return given
 
 
-def check_cycle(settings):
-    """ValueError with the accepted range for the first setting of a cycle that is out of it."""
-    for name, low, high in (("finetuning_epochs", 1, math.inf), ("stop_loss", 0, math.inf), ("round_to", 1, math.inf),
-                            ("pruning_percent_step", 0, 1), ("pruning_standard_deviation_part", 0, math.inf)):
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ValueError(f"{name} {value!r}: it must be a number from {low} to {high}")
-        if name in ("finetuning_epochs", "round_to") and not isinstance(value, int):
-            raise ValueError(f"{name} {value!r}: it must be a whole number, at least {low}")
+def check_files(settings, out, begins):
+    """ValueError where a run would write over a file that it reads, or has nowhere to write its result to."""
+    cycle = settings["cycle_settings"]
+    first = {"--start": settings["start"], "--cycle": settings["cycle"],
+             "input_model_path of --cycle": cycle.get("input_model_path")}
+    reads, target = {"--teacher": settings["teacher"], **(first if begins else {})}, cycle.get("output_model_path")
+    if begins and first["--start"] and cycle.get("input_model_path"):
+        raise ValueError(f"--start {settings['start']} and input_model_path {cycle['input_model_path']} of --cycle "
+                         "both say where the weights begin; leave one out")
+    if target:
+        folders.refuse_target("output_model_path of --cycle", target)
+        folders.refuse_overwriting({"output_model_path of --cycle": target}, [out / name for name in (
+            "last.pt", "previous.pt", "history.csv", "config.json")])
+    folders.refuse_overwriting(reads, [out, *[target] * bool(target)])
 
 
 class Pruner:
     """Removes the filters of smallest L1 norm step by step, until the validation loss exceeds `stop_loss`.
 
-    config: a dictionary or the path of a JSON file, see `SETTINGS`. Each step
+    config: a dictionary or the path of a JSON file, see `CYCLE`. Each step
     takes from every layer at most the share `pruning_percent_step` of its filters
     (so none from a layer of fewer than its inverse), and only filters whose norm
     is below mean - pruning_standard_deviation_part * standard deviation. layers:
@@ -150,7 +176,7 @@ class Pruner:
     """
 
     def __init__(self, config):
-        self.settings = {**SETTINGS, **read_given(config)}
+        self.settings = {**defaults_of(CYCLE), **read_given(config)}
         self.history = []
 
     def prune(self, model, finetune, evaluate, save=None, plots=None, **companions):

@@ -25,10 +25,20 @@ import torch
 from torch import nn
 
 from engine import checkpoint
+from engine.settings import Setting
 from resnet_factorized import initialise
 
 METRICS = ("macs", "parameters", "latency")
 BYTES = 4        # of a weight or an activation: float32
+SETTINGS = {
+    "morph_cost": Setting("macs", "what a channel pays for", choices=METRICS),
+    "morph_strength": Setting(0.1, "of the penalty, which is about 2 at the start", low=0),
+    "morph_threshold": Setting(0.01, "scale of batch norm below which a channel is dead", low=0),
+    "morph_budget": Setting(0.5, "cost of the structure, as a share of the network it comes from", low=1e-6),
+    "morph_round_to": Setting(1, "widths are multiples of it", low=1),
+    "morph_device": Setting(None, "a second, for --morph-cost latency", above=0, form=float, many=2,
+                            shown=("MACS", "BYTES")),
+}
 
 
 # ---- channels: which are alive

@@ -16,6 +16,16 @@ import quantization
 import resnet_factorized
 from deploy import integer_inference
 from engine import checkpoint
+from engine.settings import Setting, line
+
+SETTINGS = {
+    "model": line("resnet18", shown="NETWORK"),      # `check_name` knows them all, with families that no line can list
+    "groups": line(8),                               # which ones, the network says
+    "shuffle": line(True, (True, False)),
+    "activation": Setting("relu", "of the small networks: relu, gelu, tanh, ..."),
+    "pooling": Setting("max", "of LeNet-5: max or average"),
+    "shortcut": Setting("B", "of ResNet-20 to 110: A (pad) or B (1x1 convolution)"),
+}
 
 
 def build(name, bits=None, **arguments):

@@ -16,6 +16,40 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from engine.settings import Setting, line
+
+# ---- scores: of a weight tensor, of its shape; the largest stay. SCORE = "l1" calls l1_scores, and so on
+
+def l1_scores(weight):
+    """Magnitudes, of the shape of `weight`."""
+    return weight.detach().abs()
+
+
+def lamp_scores(weight):
+    """Layer-adaptive magnitudes, of the shape of `weight`: w_u^2 over the sum of w_v^2 of all v not smaller than u.
+
+    Lee et al. 2021 (arXiv:2010.07611), equation 4: the largest weight of each
+    layer scores 1, and thin layers are spared without settings.
+    """
+    squares, order = weight.detach().double().flatten().square().sort()
+    tails = squares.flip(0).cumsum(0).flip(0)
+    scores = torch.empty_like(squares)
+    scores[order] = squares / tails.clamp_min(torch.finfo(squares.dtype).tiny)
+    return scores.view_as(weight)
+
+
+SCORES = {name.removesuffix("_scores"): score for name, score in list(globals().items()) if name.endswith("_scores")}
+SETTINGS = {
+    "score": line("l1", tuple(SCORES)),
+    "minimum_density": Setting(0.01, "share of each layer that is never pruned", low=0, high=1),
+    "exclude": Setting([], "layers that are never pruned, such as conv1", form=str, many="+", shown="LAYER"),
+    "prune_begin": Setting(0.1, "share of the training at which gradual pruning begins", low=0, high=1),
+    "prune_end": Setting(0.6, "and at which it ends", low=0, high=1),
+    "prune_frequency": Setting(100, "and the steps between", low=1),
+}
+
+
+# ---- which weights stay
 
 def prunable(model, exclude=()):
     """{name: weight} of every convolution and linear layer whose name is not in `exclude`."""
@@ -51,12 +85,13 @@ def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=(), 
     that rounds compound (0.7 twice leaves 9 %), or with of="all" the fraction of
     all weights that are then removed. minimum_density: the share of each layer
     that is kept whatever its scores, at least one weight, so that no layer is
-    emptied. score: "l1" or "lamp", see `scorer`. Returns {name:
+    emptied. score: a key of `SCORES`. Returns {name:
     bool tensor of the weight's shape}; the model is not changed. Counts are exact
     under ties. Raises ValueError for a sparsity outside [0, 1), weights that are
     not finite, densities that cannot be held, or another score or `of`.
     """
-    scores_of = scorer(score)
+    if score not in SCORES:
+        raise ValueError(f"score {score!r}: choose from {', '.join(SCORES)}")
     if of not in ("remaining", "all"):
         raise ValueError(f"sparsity of {of!r}; choose 'remaining' or 'all'")
     sparsity = check_sparsity(sparsity)
@@ -69,7 +104,7 @@ def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=(), 
     protected = {name: floor_of(weight, masks[name], minimum_density) for name, weight in weights.items()}
     held = sum(int(mask.sum()) for mask in protected.values())
     refuse_thinner(sparsity, remaining - removed, held, minimum_density)
-    scores = {name: scores_of(weight) for name, weight in weights.items()}
+    scores = {name: SCORES[score](weight) for name, weight in weights.items()}
     return {**masks, **ranked(scores, masks, protected, removed)}
 
 
@@ -114,34 +149,6 @@ def ranked(scores, masks, protected, removed):
     prune.global_unstructured([(holder, "weight") for holder in holders.values()], prune.L1Unstructured,
                               importance_scores=importance, amount=removed)
     return {name: holder.weight_mask.bool() for name, holder in holders.items()}
-
-
-# ---- scores: of a weight tensor, of its shape; the largest stay. The line SCORE = "l1" names l1_scores, and so on
-
-def scorer(score):
-    """The function `<score>_scores` of this file; ValueError with the choices where there is none."""
-    found = {name.removesuffix("_scores"): value for name, value in globals().items() if name.endswith("_scores")}
-    if score not in found:
-        raise ValueError(f"score {score!r}: choose from {', '.join(found)}")
-    return found[score]
-
-
-def l1_scores(weight):
-    """Magnitudes, of the shape of `weight`."""
-    return weight.detach().abs()
-
-
-def lamp_scores(weight):
-    """Layer-adaptive magnitudes, of the shape of `weight`: w_u^2 over the sum of w_v^2 of all v not smaller than u.
-
-    Lee et al. 2021 (arXiv:2010.07611), equation 4: the largest weight of each
-    layer scores 1, and thin layers are spared without settings.
-    """
-    squares, order = weight.detach().double().flatten().square().sort()
-    tails = squares.flip(0).cumsum(0).flip(0)
-    scores = torch.empty_like(squares)
-    scores[order] = squares / tails.clamp_min(torch.finfo(squares.dtype).tiny)
-    return scores.view_as(weight)
 
 
 def floor_of(weight, mask, density):

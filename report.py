@@ -22,7 +22,8 @@ import pandas as pd
 
 import cifar10
 from engine import checkpoint, commandline, run_files, tables
-from train import DEFAULTS, RECIPES
+from engine.settings import names_of
+from train import DEFAULTS, RECIPES, SETTINGS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
@@ -38,7 +39,7 @@ COLUMNS_OF_HISTORY = (*run_files.EPOCH, "epoch", "train_loss", "sparsity")
 NOT_IN_TABLE = ("history", "layers", "folder", "settings", "seed", "started")
 IN_COLUMNS = {"dataset", "model", "groups", "shuffle", "epochs", "sparsity", "pruning", "score", "mixing", "weights",
               "recipe"}
-NOT_OF_THE_METHOD = {"seed", "out", "data", "debug", "dry_run", "resume", "force", "lines", "script"}
+NOT_OF_THE_METHOD = {*names_of(SETTINGS, "free"), "seed", "lines", "script"} - {"device"}
 
 
 def read_run(folder):
@@ -77,7 +78,7 @@ def comparable(settings):
 def unusual(settings):
     """The settings, shown in no other column, that are not those of the recipe, as "lr 0.1, resize 20"."""
     recipe = settings["recipe"]
-    usual = {**DEFAULTS, "schedule": "one-cycle", "averaging": "ema", **RECIPES.get(recipe, {}), "recipe": recipe}
+    usual = {**DEFAULTS, **RECIPES.get(recipe, {}), "recipe": recipe}
     usual = comparable({**usual, "seed": settings["seed"]})
     words = [f"recipe {recipe}"] * (recipe != "ours")
     return ", ".join(words + [f"{name} {value}" for name, value in comparable(settings).items()

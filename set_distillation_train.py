@@ -14,6 +14,23 @@ mixes the stored logits as it mixes the images.
 import torch
 import torch.nn.functional as F
 
+from engine.settings import Setting
+
+SETTINGS = {
+    "teacher": Setting(None, "learn from this network too (distillation)", form=str, shown="CHECKPOINT"),
+    "teacher_views": Setting(None, "ask the teacher once, about N crops and mirrorings of each training image", low=1,
+                             high=1000, form=int, shown="N", fixed=True,
+                             clashes=(((), "recipe", ("published",), "which draws its own crops; leave one out"),)),
+    "temperature": Setting(4.0, "of the distillation", low=1e-3, high=1e3),
+    "distillation_weight": Setting(0.9, "of the teacher's part in the loss", low=0, high=1),
+}
+
+
+def check_settings(settings):
+    """ValueError where views are asked for of no teacher."""
+    if settings["teacher_views"] and not settings["teacher"]:
+        raise ValueError("--teacher-views needs a --teacher to ask")
+
 
 @torch.no_grad()
 def teach(teacher, images):

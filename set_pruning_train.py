@@ -5,9 +5,83 @@
 `search_penalty` to the loss (line "morphnet"). Pruning between rounds is in
 `train_pruning.py`.
 """
+import math
+
 import filter_pruning
 import morphnet
 import pruning
+from engine.settings import Setting, joined, line
+from filter_pruning import SHRINKING
+
+GRADUAL = ("polynomial", "constant")      # weights pruned while training, by a schedule; otherwise between rounds
+SETTINGS = joined({
+    "pruning": line("none", ("rounds", *GRADUAL, *SHRINKING), alone=(
+        SHRINKING, "shrinks the network, which takes one process: run it without torchrun")),
+    "sparsity": Setting([], "share of the remaining weights pruned after a round", low=0, below=1, form=float,
+                        many="+"),
+}, pruning.SETTINGS, filter_pruning.SETTINGS, morphnet.SETTINGS)
+
+
+# ---- before any training
+
+def join_rounds(settings, sparsity_given):
+    """Pruning that is not between rounds takes the epochs of all as one round, and what the sparsities compound to."""
+    if settings["pruning"] in GRADUAL and len(settings["epochs"]) == len(settings["sparsity"]) + 1 > 1:
+        settings["sparsity"] = [1 - math.prod(1 - share for share in settings["sparsity"])]
+        settings["epochs"] = [sum(settings["epochs"])]
+    if settings["pruning"] in SHRINKING and not sparsity_given:
+        settings["sparsity"] = []
+        if settings["pruning"] != "morphnet":
+            settings["epochs"] = [sum(settings["epochs"])]
+
+
+def check_settings(settings):
+    """ValueError where rounds and sparsities do not fit each other, or two settings of a pruning."""
+    how, epochs, sparsity = settings["pruning"], settings["epochs"], settings["sparsity"]
+    if how == "none" and sparsity:
+        raise ValueError(f"sparsity {sparsity} without pruning: train.py trains without, train_pruning.py prunes")
+    if how in SHRINKING:
+        check_shrinking(settings, epochs, sparsity)
+    elif how in GRADUAL:
+        if len(epochs) != 1 or len(sparsity) != 1:
+            raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: gradual pruning takes one of each, "
+                             "or as many as the rounds do, which it adds up")
+        if settings["prune_end"] <= settings["prune_begin"]:
+            raise ValueError(f"--prune-end {settings['prune_end']} must come after --prune-begin "
+                             f"{settings['prune_begin']}")
+    elif len(epochs) != len(sparsity) + 1:
+        raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: pruning comes between two rounds, "
+                         "so there must be one more number of epochs than of sparsities")
+
+
+def check_shrinking(settings, epochs, sparsity):
+    """The part of `check_settings` for what removes channels."""
+    if sparsity or not epochs or len(epochs) > 1 and settings["pruning"] == "filters":
+        raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: pruning {settings['pruning']!r} "
+                         "removes channels, so it takes one number of epochs and no --sparsity")
+    if settings["pruning"] == "morphnet" and len(epochs) < 2:
+        raise ValueError(f"epochs {epochs}: MorphNet takes two numbers or more, rounds that search for widths and "
+                         "one that trains the structure")
+    if settings["morph_cost"] == "latency" and not settings["morph_device"]:
+        raise ValueError("--morph-cost latency needs --morph-device: MACs a second and bytes a second, both above 0")
+    if settings["filter_relative"] and settings["filter_threshold"] >= 1:
+        raise ValueError(f"--filter-threshold {settings['filter_threshold']}: as a share of a layer's largest "
+                         "norm it must be below 1; --no-filter-relative takes a norm")
+
+
+def check_position(settings, state):
+    """ValueError where a run that goes on has come further than its `settings` let it, or by another way.
+
+    state: round, epoch and settings are those of its checkpoint.
+    """
+    rounds, epochs, before = state["round"], settings["epochs"], state["settings"]
+    for name in ("epochs", "sparsity"):
+        if settings[name][:rounds] != before[name][:rounds]:
+            raise ValueError(f"{name} {settings[name]}: {rounds} rounds with {before[name][:rounds]} are over and "
+                             "cannot change; start a new run with another --out")
+    if len(epochs) <= rounds or epochs[rounds] < state["epoch"]:
+        raise ValueError(f"epochs {epochs}: the run has trained {state['epoch']} in its round {rounds + 1} already; "
+                         "give that round as many or more, or start a new run with another --out")
 
 
 def check_pruning(settings, model, masks, round_, steps, shape):
@@ -18,8 +92,8 @@ def check_pruning(settings, model, masks, round_, steps, shape):
     how, sparsity = settings["pruning"], settings["sparsity"]
     if sparsity:
         pruning.check_sparsities(model, sparsity[round_:], masks, settings["minimum_density"], settings["exclude"],
-                                 "all" if how in ("polynomial", "constant") else "remaining")
-    if how in ("polynomial", "constant") and settings["epochs"][0] * steps < 2:
+                                 "all" if how in GRADUAL else "remaining")
+    if how in GRADUAL and settings["epochs"][0] * steps < 2:
         raise ValueError(f"--pruning {how} prunes between the first and the last step, and this run has one; give it "
                          "more --epochs or a smaller --batch-size")
     if how == "filters" and not filter_pruning.reducible(model):
@@ -38,6 +112,8 @@ def check_budget(settings, model, search):
     morphnet.expand(model, least, search["sizes"], settings["morph_cost"], settings["morph_budget"] * search["whole"],
                     settings["morph_round_to"], settings["morph_device"])
 
+
+# ---- while training
 
 def prune_on_schedule(settings, step, steps, model, average, masks):
     """Gradual pruning after `step` of `steps`: new masks where the schedule fires, else those that were.

@@ -8,9 +8,22 @@ from contextlib import nullcontext
 
 import binaryconnect
 import quantization
+from engine.settings import Setting, line
+from filter_pruning import SHRINKING
 
 BINARY = ("binary", "binary-stochastic")
 CHOICES = ("float", *BINARY, "lsq")
+SETTINGS = {
+    "weights": line("float", CHOICES, clashes=(
+        (("lsq",), "recipe", ("published",), "which trains with floats; leave one out"),
+        (("lsq",), "pruning", SHRINKING, "which removes channels: shrink a network of floats first, then --start from "
+                                         "it"))),
+    "binary_scale": Setting("glorot", "H of binary weights", choices=("one", "glorot")),
+    "weight_bits": Setting(2, "of weights with --weights lsq, first and last layer apart", low=1, high=8),
+    "activation_bits": Setting(4, "of activations with --weights lsq, first and last layer apart", low=1, high=8),
+    "layer_bits": Setting([], "of single layers (the first convolution and the last linear layer 8/8)", form=str,
+                          many="+", shown="LAYER=W/A"),
+}
 
 
 def step_weights(model, weights, scale, generator, masks):

@@ -12,20 +12,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import cifar10
+import experiment
 import pruning
+import set_pruning_train
 from engine import checkpoint, commandline, compiling, operations, parallel
-from experiment import autocast, begin_round, finish, lay_out, masked_weights, newest, resumable, save, start
+from engine.averages import update_average
+from engine.finite import count_finite, refuse_counted, refuse_nonfinite, refuse_nonfinite_state
+from engine.folders import newest
+from engine.settings import Setting, defaults_of, joined, line, without_flags
+from experiment import MIXINGS, autocast, begin_round, finish, lay_out, masked_weights, resumable, save, start
 from networks import image_shape
-from set_cutmix_train import cutmix
-from set_cutout_train import cutout
 from set_distillation_train import ask, distilled, teach
-from set_mixup_train import mixup
-from set_pruning_train import prune_on_schedule, ranks_at, reduce_filters, search_penalty
+from set_pruning_train import GRADUAL, prune_on_schedule, ranks_at, reduce_filters, search_penalty
 from set_quantization_train import after_step, evaluation_weights, step_weights
 from set_resizing_train import resized, side_of
 
 if __name__ == "__main__":      # a slip in a line below is one error line too, before Python runs it
-    commandline.command(lambda argv: commandline.read_lines(__file__))
+    commandline.command(lambda argv: commandline.technique_lines(__file__))
 
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
@@ -65,24 +69,43 @@ AVERAGING = "ema"             # exponential moving average of the weights
 FLIPS = "random"              # an image is mirrored by a draw
 # FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
 
-# ---- settings that no line chooses
-DEFAULTS = {
-    "dataset": "cifar10", "data": "data", "epochs": [30], "sparsity": [],
-    "pruning": "none", "score": "l1", "minimum_density": 0.01, "exclude": [], "prune_begin": 0.1, "prune_end": 0.6,
-    "prune_frequency": 100, "recalibrate": False,
-    "filter_threshold": 0.1, "filter_relative": True, "filter_columns": False, "filter_one_layer": False,
-    "filter_interval": 2, "filter_stop": 0.6, "cycle": None, "cycle_settings": {}, "stop_loss": None, "start": None,
-    "morph_cost": "macs", "morph_strength": 0.1, "morph_threshold": 0.01, "morph_budget": 0.5, "morph_round_to": 1,
-    "morph_device": None, "teacher": None, "teacher_views": None, "temperature": 4.0, "distillation_weight": 0.9,
-    "batch_size": 64, "lr": 0.15, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
-    "bias_lr": 1.0, "muon_lr": 0.02, "muon_momentum": 0.9, "muon_decay": 0.1, "keep_norm": False, "peak": None,
-    "label_smoothing": 0.1, "mix_probability": 0.5, "mix_alpha": 1.0, "mix_per_sample": False,
-    "ema_decay": 0.998, "pad": 4, "binary_scale": "glorot", "weight_bits": 2, "activation_bits": 4,
-    "layer_bits": [], "activation": "relu", "pooling": "max", "shortcut": "B",
-    "resize": None, "resize_until": 0.5,
-    "recipe": "ours", "compile": "auto", "arithmetic": "auto", "convolutions": "auto", "device": "auto", "seed": 0,
-    "limit": None, "all_images": False, "out": None, "resume": False, "force": False, "dry_run": False, "debug": False,
-}
+# ---- settings of the run; techniques declare theirs in their own files, those of pruning are of train_pruning.py
+SETTINGS = joined({
+    "dataset": Setting("cifar10", cifar10.HELP),
+    "data": Setting("data", "folder of the data set's files", free=True),
+    "epochs": Setting([30], "of each round", low=1, many="+", form=int),
+    "recipe": Setting("ours", "published: as the original run trained", choices=("ours", "published"), fixed=True),
+    "batch_size": Setting(64, "images a step", low=1),
+    "limit": Setting(None, "at most so many images in each split", low=2, form=int),
+    "all_images": Setting(False, "train on the validation images too, to compare with those who do", fixed=True,
+                          clashes=(((), "recipe", ("published",), "which keeps its own batches; leave one out"),)),
+    "seed": Setting(0, "of weights, shuffling, augmentation and mixing", low=0, high=2**63 - 1, fixed=True),
+    "mixing": line("cutmix", (*MIXINGS, "none")),
+    "mix_probability": Setting(0.5, "share of the batches, or images, that are mixed", low=0, high=1),
+    "mix_alpha": Setting(1.0, "shares of two images are drawn from Beta(alpha, alpha)", low=0),
+    "mix_per_sample": Setting(False, "each image is mixed with its own draw"),
+    "averaging": line("ema", ("ema", "none")),
+    "ema_decay": Setting(0.998, "of the averaged weights, in a step", low=0, high=1),
+    "flips": line("random", ("random", "alternating")),
+    "pad": Setting(4, "pixels by which a crop may be off", low=0, high=16),
+    "label_smoothing": Setting(0.1, "of the cross-entropy", low=0, high=1),
+    "recalibrate": Setting(False, "recompute batch norm's statistics on training images after pruning and each round"),
+    "compile": Setting("auto", "auto: where it pays and a compiler is there", choices=("auto", "on", "off"),
+                       alone=(("on",), "takes one process: several train without compiling")),
+    "arithmetic": Setting("auto", "of training; auto: bfloat16 on CUDA and where a CPU has instructions for it",
+                          choices=("auto", "float32", "bfloat16")),
+    "convolutions": Setting("auto", "how grouped ones compute: as such, or dense with zeros; auto: the faster one on "
+                            "CUDA", choices=("auto", "grouped", "dense")),
+    "device": Setting("auto", "auto, cpu, cuda, cuda:1 or mps", free=True),
+    "start": Setting(None, "begin with the weights of this checkpoint", form=str, shown="CHECKPOINT", fixed=True),
+    "out": Setting(None, "folder of the run (runs/<data set>-<model>-<time>)", form=str, free=True),
+    "resume": Setting(False, "continue the run in --out, or the newest one", free=True),
+    "force": Setting(False, "resume although settings differ; take a teacher or --start of another data set",
+                     free=True),
+    "dry_run": Setting(False, "show settings and estimated time, then stop", free=True),
+    "debug": Setting(False, "show tracebacks", free=True),
+}, *experiment.TABLES) | without_flags(set_pruning_train.SETTINGS)
+DEFAULTS = defaults_of(SETTINGS)
 RECIPES = {"published": {    # the run that this project started from; measure() has its four passes an epoch
     "shuffle": False, "mixing": "cutmix", "mix_probability": 1.0, "schedule": "plateau", "averaging": "none",
     "batch_size": 32, "lr": 0.01, "momentum": 0.5, "nesterov": False, "weight_decay": 1e-5,
@@ -90,7 +113,6 @@ RECIPES = {"published": {    # the run that this project started from; measure()
     "convolutions": "grouped", "optimizer": "sgd", "flips": "random",
 }}
 READ_EVERY = 50      # steps on CUDA, from one look at whether all were finite to the next
-MIXINGS = {"cutmix": cutmix, "mixup": mixup, "cutout": cutout}
 SHIPPED = Path(__file__).resolve().parent / "pretrained" / "resnet18_groups8_cifar10.pt.gz"
 
 
@@ -144,7 +166,7 @@ def run_epoch(run, bar):
     validation_loss, validation_accuracy = parallel.agreed(measure(run))
     if run.settings["schedule"] == "plateau":
         run.schedule.step(validation_loss)
-    refuse_nonfinite_state(run, validation_loss)
+    refuse_nonfinite_state(run, networks_of(run), validation_loss)
     parallel.refuse_drift(networks_of(run))
     row = {"round": run.round + 1, "epoch": len(run.history) + 1, "lr": round(rate, 6),
            "train_loss": round(loss, 4), "train_accuracy": round(accuracy, 2),
@@ -173,7 +195,7 @@ def train_epoch(run, bar):
         images, labels = as_step_takes(run, images, labels)
         loss, correct = train_step(run, images, labels, step)
         run.made = None                   # from its first step on, its folder stays
-        ranks = run.settings["pruning"] in commandline.GRADUAL and ranks_at(run.settings, done + step, steps)
+        ranks = run.settings["pruning"] in GRADUAL and ranks_at(run.settings, done + step, steps)
         if run.finite_steps is not None and (ranks or (step + 1) % read_every == 0 or step + 1 == len(run.train)):
             refuse_counted(run, step)     # weights that are ranked must be finite too
         if ranks:
@@ -202,8 +224,7 @@ def train_step(run, images, labels, step):
     if run.settings["teacher_views"]:                  # what the teacher said is mixed as the labels are
         targets = torch.cat([targets, run.train.answer], 1)
     if settings["mixing"] != "none":
-        images, targets = MIXINGS[settings["mixing"]](images, targets, run.generator, settings["mix_alpha"],
-                                                      settings["mix_probability"], settings["mix_per_sample"])
+        images, targets = mixed(settings, images, targets, run.generator)
     images, targets = parallel.own_part(images, targets)
     targets, answers = targets[:, :classes], targets[:, classes:]
     shown = resized(images, side_of(progress_of(run, step), images.shape[-1], settings["resize"],
@@ -234,6 +255,14 @@ def train_step(run, images, labels, step):
     if run.average is not None:
         update_average(run.averaged, settings["ema_decay"], run.epoch * len(run.train) + step)
     return loss, correct
+
+
+def mixed(settings, images, targets, generator):
+    """A batch as the line MIXING has it, by the function of that name, which gets its file's own settings too."""
+    name = settings["mixing"]
+    own = {setting: settings[setting] for setting in getattr(experiment.TECHNIQUES[name], "SETTINGS", {})}
+    return MIXINGS[name](images, targets, generator, settings["mix_alpha"], settings["mix_probability"],
+                         settings["mix_per_sample"], **own)
 
 
 def progress_of(run, step):
@@ -275,65 +304,6 @@ def take_views(run):
 def networks_of(run):
     """The network that trains and, where there is one, its average."""
     return [run.model] if run.average is None else [run.model, run.average]
-
-
-def is_finite(run, loss):
-    """Whether the loss and all gradients are finite: a bool tensor on the device."""
-    gradients = [parameter.grad for parameter in run.model.parameters() if parameter.grad is not None]
-    return torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients))
-
-
-def refuse_nonfinite(run, loss, step):
-    """RuntimeError before the update where the loss or a gradient is NaN or infinite."""
-    if not is_finite(run, loss):
-        raise RuntimeError(diverged(run, f"loss {loss.item():.3g} or its gradient is not finite", f"step {step + 1}"))
-
-
-def count_finite(run, loss, step):
-    """The same on CUDA, without waiting for it: count the steps of the epoch up to the first that is not finite.
-
-    The host goes on, and weights in memory are lost with that step; `refuse_counted` ends the run before a save.
-    """
-    run.finite_steps += is_finite(run, loss) & (run.finite_steps == step)
-
-
-def refuse_counted(run, step):
-    """RuntimeError, after `step`, that names the first step of the epoch which was not finite; waits for the device."""
-    finite = int(run.finite_steps)
-    if finite > step:
-        return
-    if hasattr(run.schedule, "lr_lambdas"):      # the schedule has gone on since; the message names that step's rate
-        share = run.schedule.lr_lambdas[0](run.schedule.last_epoch - (step + 1 - finite))
-        run.optimizer.param_groups[0]["lr"] = run.schedule.base_lrs[0] * share
-    raise RuntimeError(diverged(run, "the loss or its gradient is not finite", f"step {finite + 1}"))
-
-
-def refuse_nonfinite_state(run, validation_loss):
-    """RuntimeError before an epoch is saved whose validation loss, weights or buffers are NaN or infinite."""
-    tensors = [tensor for model in networks_of(run) for tensor in model.state_dict().values()
-               if tensor.is_floating_point()]
-    if not torch.isfinite(torch.nn.utils.get_total_norm(tensors, norm_type=float("inf")) + validation_loss):
-        raise RuntimeError(diverged(run, f"validation loss {validation_loss:.3g} or a weight is not finite",
-                                    f"step {len(run.train)}"))
-
-
-def diverged(run, what, step):
-    """The message for a run that left the finite numbers."""
-    last = run.out / "last.pt"
-    return (f"{what}: epoch {len(run.history) + 1}, {step}, learning rate {run.optimizer.param_groups[0]['lr']:.4g}; "
-            f"last good checkpoint: {last if last.exists() else 'none yet'}; try a smaller --lr")
-
-
-@torch.no_grad()
-def update_average(pairs, decay, step):
-    """average <- d average + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)); integers are copied.
-
-    pairs: of `experiment.average_pairs`.
-    """
-    averages, weights, counts, new_counts = pairs
-    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)))
-    if counts:
-        torch._foreach_copy_(counts, new_counts)
 
 
 def measure(run):
@@ -394,7 +364,7 @@ def find_checkpoint(given=None):
 
 def main(argv):
     """One round, no pruning."""
-    run = start(__file__, __doc__.splitlines()[0], DEFAULTS, RECIPES, argv)
+    run = start(__file__, __doc__.splitlines()[0], SETTINGS, RECIPES, argv)
     if run is not None:
         with resumable(run):
             fit(run)

@@ -5,19 +5,21 @@ a ResNet-18 of 8 groups keeps 9 % of its weights. Edit a technique line below, o
 pass the flag of the same name; `--epochs 8 2 6 --sparsity 0.7 0.7` is a short
 run, `--dry-run` says how long a run will take.
 """
-import argparse
 from itertools import groupby
 
 import filter_pruning
 import morphnet
 import pruning
+import set_pruning_train
+import train
 from engine import checkpoint, commandline, compiling, parallel
+from engine.settings import with_defaults
 from experiment import finish, lay_out, resumable, start
 from set_pruning_train import hint_of
-from train import DEFAULTS, RECIPES, fit, recalibrate
+from train import RECIPES, fit, recalibrate
 
 if __name__ == "__main__":      # a slip in a line below is one error line too, before Python runs it
-    commandline.command(lambda argv: commandline.read_lines(__file__))
+    commandline.command(lambda argv: commandline.technique_lines(__file__))
 
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
@@ -65,37 +67,9 @@ AVERAGING = "ema"             # exponential moving average of the weights
 FLIPS = "random"              # an image is mirrored by a draw
 # FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
 
-# ---- settings that no line chooses
+# ---- settings
 # gradual pruning takes the same epochs and zeros in one round: their sum, and what the sparsities compound to
-ROUNDS = {**DEFAULTS, "epochs": [100, 25, 125], "sparsity": [0.7, 0.7]}
-
-
-def add_flags(parser):
-    """The flags that only pruning has."""
-    parser.add_argument("--sparsity", type=float, nargs="+", help="share of the remaining weights pruned after a round")
-    parser.add_argument("--minimum-density", type=float, help="share of each layer that is never pruned (0.01)")
-    parser.add_argument("--exclude", nargs="+", metavar="LAYER", help="layers that are never pruned, such as conv1")
-    parser.add_argument("--prune-begin", type=float, help="share of the training at which gradual pruning begins (0.1)")
-    parser.add_argument("--prune-end", type=float, help="and at which it ends (0.6)")
-    parser.add_argument("--prune-frequency", type=int, help="and the steps between (100)")
-    parser.add_argument("--filter-threshold", type=float,
-                        help="how much shorter a filter gets: a share of its layer's longest, or a norm (0.1)")
-    for name, what in (("relative", "threshold by layer (yes)"), ("columns", "weights that read a channel count (no)"),
-                       ("one-layer", "one layer at a time, in turn (no)")):
-        parser.add_argument(f"--filter-{name}", action=argparse.BooleanOptionalAction, help=what)
-    parser.add_argument("--filter-interval", type=int, help="epochs from one removal to the next (2)")
-    parser.add_argument("--cycle", metavar="JSON", help="settings of the L1 cycle, see filter_pruning.SETTINGS")
-    parser.add_argument("--stop-loss", type=float,
-                        help="validation loss that ends the L1 cycle (a tenth above that before the first removal)")
-    parser.add_argument("--morph-cost", choices=morphnet.METRICS, help="what a channel pays for (macs)")
-    for name, what in (("strength", "of the penalty, which is about 2 at the start (0.1)"),
-                       ("threshold", "scale of batch norm below which a channel is dead (0.01)"),
-                       ("budget", "cost of the structure, as a share of the network it comes from (0.5)")):
-        parser.add_argument(f"--morph-{name}", type=float, help=what)
-    parser.add_argument("--morph-round-to", type=int, help="widths are multiples of it (1)")
-    parser.add_argument("--morph-device", type=float, nargs=2, metavar=("MACS", "BYTES"),
-                        help="a second, for --morph-cost latency")
-    parser.add_argument("--filter-stop", type=float, help="share of the training after which filters stay (0.6)")
+SETTINGS = with_defaults({**train.SETTINGS, **set_pruning_train.SETTINGS}, epochs=[100, 25, 125], sparsity=[0.7, 0.7])
 
 
 def next_round(run):
@@ -176,7 +150,7 @@ def steps_of(run):
 
 def main(argv):
     """Train in rounds with pruning between them; the state of a run says where to begin."""
-    run = start(__file__, __doc__.splitlines()[0], ROUNDS, RECIPES, argv, add_flags)
+    run = start(__file__, __doc__.splitlines()[0], SETTINGS, RECIPES, argv)
     if run is None:
         return
     with resumable(run):

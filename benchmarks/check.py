@@ -22,6 +22,7 @@ from torch import nn
 
 import experiment
 import pruning
+import set_pruning_train
 import train
 import train_pruning
 from engine import checkpoint, commandline, compiling
@@ -64,8 +65,8 @@ def check_technique(name, folder, device):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             train_pruning.main([*flags, "--out", str(folder / name)])
-            run = experiment.start(train_pruning.__file__, "", train_pruning.ROUNDS, train.RECIPES,
-                                   [*flags, "--out", str(folder / f"{name}, its steps")], train_pruning.add_flags)
+            run = experiment.start(train_pruning.__file__, "", train_pruning.SETTINGS, train.RECIPES,
+                                   [*flags, "--out", str(folder / f"{name}, its steps")])
             return {"technique": name, **time_step(run)}
     except Exception as problem:          # kernels and compilers fail in many types; the others are still to be seen
         return {"technique": name, "failed": (str(problem).strip() or type(problem).__name__).splitlines()[0]}
@@ -74,7 +75,7 @@ def check_technique(name, folder, device):
 def time_step(run):
     """Milliseconds of a training step, the mean of three in a row behind two others, and the waits in one of those."""
     experiment.begin_round(run)
-    if run.settings["pruning"] not in commandline.SHRINKING:
+    if run.settings["pruning"] not in set_pruning_train.SHRINKING:
         run.masks = pruning.global_masks(run.model, 0.5)
     run.model.train()
     batch = train.as_step_takes(run, *next(iter(run.train)))

@@ -22,7 +22,7 @@ from engine import checkpoint, commandline, compiling
 
 def make_run(changes, arguments):
     """A run that is ready to train, with the settings that train.py would resolve; nothing is written."""
-    lines, _ = commandline.read_lines(train.__file__)
+    lines = commandline.lines_of(train.__file__, train.SETTINGS)
     recipe = changes.get("recipe", "ours")
     settings = {**train.DEFAULTS, **lines, **train.RECIPES.get(recipe, {}), **changes, "lines": lines,
                 "dataset": arguments.dataset, "data": arguments.data, "device": arguments.device,

@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 
+from engine import checkpoint, parallel
+
 HELD = {}      # (device, inode) of a folder: the handle by which this process holds it
 
 
@@ -122,17 +124,39 @@ def refuse_target(flag, path):
         raise ValueError(f"{flag} {path}: {reason}; name a file in a folder that is there")
 
 
-def check_files(settings, out, begins):
-    """ValueError where a run would write over a file that it reads, or has nowhere to write its result to."""
-    cycle = settings["cycle_settings"]
-    first = {"--start": settings["start"], "--cycle": settings["cycle"],
-             "input_model_path of --cycle": cycle.get("input_model_path")}
-    reads, target = {"--teacher": settings["teacher"], **(first if begins else {})}, cycle.get("output_model_path")
-    if begins and first["--start"] and cycle.get("input_model_path"):
-        raise ValueError(f"--start {settings['start']} and input_model_path {cycle['input_model_path']} of --cycle "
-                         "both say where the weights begin; leave one out")
-    if target:
-        refuse_target("output_model_path of --cycle", target)
-        refuse_overwriting({"output_model_path of --cycle": target}, [out / name for name in (
-            "last.pt", "previous.pt", "history.csv", "config.json")])
-    refuse_overwriting(reads, [out, *[target] * bool(target)])
+# ---- a run that goes on
+
+def newest(name, folder="runs"):
+    """The newest runs/<run>/<name>; FileNotFoundError where there is none."""
+    found = sorted(Path(folder).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"there is no {folder}/*/{name}; train first, or name one")
+    return found[-1]
+
+
+def state_to_resume(given, script):
+    """(folder, what its last.pt holds) of the run that --resume goes on with; no other process may train in it.
+
+    ValueError for a file that holds no run, or one of another script.
+    """
+    out = Path(given.get("out") or newest("last.pt").parent)
+    out = Path(parallel.agreed(str(out.parent if out.name == "last.pt" and out.is_file() else out)))
+    if parallel.leads() and not given.get("dry_run"):
+        hold(out)
+    state = checkpoint.read(out / "last.pt")
+    if not {"settings", "optimizer", "schedule", "random"} <= state.keys():
+        raise ValueError(f"{out}/last.pt holds a network alone, not the state of a run: it cannot be resumed")
+    if state["settings"].get("script") != script:
+        raise ValueError(f"{out} is a run of {state['settings'].get('script')}; that script resumes it")
+    return str(out), state
+
+
+def refuse_other_kind(out, device, state):
+    """ValueError where the run in `out` began on another kind of device, whose random generators differ."""
+    if state is None:
+        return
+    generator = state["random"]["generator"]
+    began = state.get("device") or ("cuda" if generator.numel() == 16 else device.type)    # older files do not say
+    if began != device.type:
+        raise ValueError(f"the run in {out} began on {began} and cannot go on bit for bit on {device.type}, which "
+                         f"draws other random numbers: resume it with --device {began}")

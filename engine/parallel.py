@@ -74,18 +74,15 @@ def first_to_fail(store, rank, problem):
     return True
 
 
-def refuse(settings, shrinking):
-    """ValueError for settings that several processes cannot train with; shrinking: prunings that remove channels."""
+def refuse(batch_size, reasons):
+    """ValueError for what several processes cannot train with; reasons: of `settings.alone`."""
     if ranks() == 1:
         return
-    if settings["batch_size"] % ranks():
-        raise ValueError(f"--batch-size {settings['batch_size']} is no multiple of {ranks()} processes, "
+    if batch_size % ranks():
+        raise ValueError(f"--batch-size {batch_size} is no multiple of {ranks()} processes, "
                          "which share each batch evenly")
-    if settings["pruning"] in shrinking:
-        raise ValueError(f"--pruning {settings['pruning']} shrinks the network, which takes one process: "
-                         "run it without torchrun")
-    if settings["compile"] == "on":
-        raise ValueError("--compile on takes one process: several train without compiling")
+    if reasons:
+        raise ValueError(reasons[0])
 
 
 def own_device(device, wanted):

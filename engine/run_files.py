@@ -13,7 +13,14 @@ SETTINGS = {"dataset": str, "mixing": str, "recipe": str, "seed": int, "sparsity
 OPTIONAL = {"pruning": str, "score": str, "weights": str, "cycle_settings": dict, "limit": int}
 EPOCH = ("round", "seconds", "images_per_second", "train_accuracy", "validation_loss", "validation_accuracy")
 PROFILE = ("parameters", "nonzero", "parameters_removed", "macs", "macs_removed", "score_course")
+FOLDERS = ("engine", "models", "deploy")      # whose sources a run stores beside the scripts
 NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
+
+
+def sources_of(folder):
+    """{path: text} of the Python files of the project in `folder` that a run may use."""
+    paths = [*folder.glob("*.py"), *(path for part in FOLDERS for path in (folder / part).glob("*.py"))]
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(paths)}
 
 
 def read_config(folder):

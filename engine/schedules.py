@@ -1,6 +1,16 @@
 """Learning rates over a round, as shares of the largest, and where a run that goes on stands in them."""
 import math
 
+import torch
+
+from engine.settings import Setting, line
+
+SETTINGS = {
+    "schedule": line("one-cycle", ("one-cycle", "cosine", "plateau")),
+    "peak": Setting(None, "share of a round at which the rate is highest (0.25 of one-cycle, 0.05 of cosine)", low=0,
+                    high=0.99, form=float),
+}
+
 
 def one_cycle(progress, peak=0.25):
     """Share of the largest learning rate after `progress` in [0, 1] of a round: up to `peak`, down to zero, linear."""
@@ -13,6 +23,17 @@ def warm_cosine(progress, peak=0.05):
     rising = (progress + 1e-3) / peak if peak else 1.0
     fallen = min(max(0.0, progress - peak) / (1 - peak), 1.0)
     return min(rising, 0.5 + 0.5 * math.cos(math.pi * fallen))
+
+
+SHAPES = {"one-cycle": one_cycle, "cosine": warm_cosine}
+
+
+def make_schedule(optimizer, name, steps, peak=None):
+    """What the line SCHEDULE asks for, over a round of `steps`; peak: where it is highest, None for its own place."""
+    if name == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    shape, place = SHAPES[name], [] if peak is None else [peak]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape(step / steps, *place))
 
 
 def restore(run, state):

@@ -10,20 +10,17 @@ import os
 import shlex
 from pathlib import Path
 
-import cifar10
 import experiment
-import filter_pruning
 import networks
-import pruning
 import train
 import train_pruning
 from engine import checkpoint, commandline, run_files
+from engine.settings import names_of
 
 PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
-SCRIPTS = {"train.py": (train, train.DEFAULTS, lambda parser: None),
-           "train_pruning.py": (train_pruning, train_pruning.ROUNDS, train_pruning.add_flags)}
+SCRIPTS = {"train.py": train, "train_pruning.py": train_pruning}
 OWN = {"seed", "out", "data", "resume", "force", "dry_run"}          # what the study itself says of a run
-NOT_COMPARED = commandline.FREE | {"lines", "script"}
+NOT_COMPARED = {*names_of(train.SETTINGS, "free"), "lines", "script"}
 WRITTEN = {"runs.csv", "table.csv", "table.md", "accuracy.png", "influence.csv", "influence.png", "study.json"}
 
 
@@ -146,23 +143,18 @@ def command_of(study, arm, seed):
 
 def given_flags(script, flags):
     """{name: value} of the flags of a training script, and its technique lines."""
-    module, _, more = SCRIPTS[script]
-    lines, choices = commandline.read_lines(module.__file__)
-    parser = commandline.training_parser("", choices, cifar10.HELP)
-    more(parser)
-    return vars(parser.parse_args(flags)), lines
+    module = SCRIPTS[script]
+    lines = commandline.lines_of(module.__file__, module.SETTINGS)
+    return vars(commandline.training_parser("", module.SETTINGS).parse_args(flags)), lines
 
 
 def settings_of(study, arm, seed):
     """The settings that the training script resolves an arm's flags to, as it does (`experiment.start`)."""
     script, flags = command_of(study, arm, seed)
     given, lines = given_flags(script, flags)
-    settings = {**SCRIPTS[script][1], **lines, **train.RECIPES.get(given.get("recipe"), {}), **given, "seed": seed,
-                "script": script}
-    settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
-    settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
-    experiment.join_rounds(settings, "sparsity" in given)
-    commandline.check_settings(settings)
+    table = SCRIPTS[script].SETTINGS
+    settings = experiment.fresh_settings(script, table, lines, train.RECIPES, {**given, "seed": seed})
+    experiment.check_settings(table, settings)
     return settings
 
 

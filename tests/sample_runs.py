@@ -91,8 +91,7 @@ def assert_same_run(out, other):
 
 def start_rounds(*flags):
     """A run of train_pruning.py, about to train."""
-    return experiment.start(train_pruning.__file__, "", train_pruning.ROUNDS, train.RECIPES, list(map(str, flags)),
-                            train_pruning.add_flags)
+    return experiment.start(train_pruning.__file__, "", train_pruning.SETTINGS, train.RECIPES, list(map(str, flags)))
 
 
 def resume(out, *flags):
@@ -102,7 +101,7 @@ def resume(out, *flags):
 
 def start_training(out, *flags):
     """A run of train.py, about to train."""
-    return experiment.start(train.__file__, "", train.DEFAULTS, train.RECIPES,
+    return experiment.start(train.__file__, "", train.SETTINGS, train.RECIPES,
                             [*SMALL, "--out", str(out), *map(str, flags)])
 
 

@@ -289,7 +289,7 @@ def test_alternating_flips_do_not_depend_on_what_the_generator_drew_before():
 
 def test_all_images_adds_the_validation_images_to_those_that_train(tmp_path):
     flags = ["--dataset", "digits", "--batch-size", "7", "--model", "lenet5", "--compile", "off", "--device", "cpu"]
-    ours, whole = (experiment.start(train.__file__, "", train.DEFAULTS, train.RECIPES,
+    ours, whole = (experiment.start(train.__file__, "", train.SETTINGS, train.RECIPES,
                                     [*flags, *more, "--out", str(tmp_path / name)])
                    for name, more in (("ours", []), ("whole", ["--all-images"])))
     assert len(ours.train.chosen) + len(ours.validation.chosen) == 1_437 == len(whole.train.chosen)

@@ -71,8 +71,8 @@ def test_a_run_of_a_gpu_is_tested_in_half_precision_and_does_not_go_on_elsewhere
 def step(tmp_path):
     """(gpu, run, step): a run on the pretended GPU that has made a step, and a call that makes another."""
     with Pretend() as gpu:
-        run = experiment.start(train_pruning.__file__, "", train_pruning.ROUNDS, train.RECIPES,
-                               [*ROUNDS, "--out", str(tmp_path / "run")], train_pruning.add_flags)
+        run = experiment.start(train_pruning.__file__, "", train_pruning.SETTINGS, train.RECIPES,
+                               [*ROUNDS, "--out", str(tmp_path / "run")])
         experiment.begin_round(run)
         run.masks = pruning.global_masks(run.model, 0.7)
         run.model.train()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sample_runs import ROOT, SMALL, run_script, start_training
 
+import experiment
 import train
 from engine import commandline
 
@@ -124,7 +125,7 @@ def test_compile_on_without_a_compiler(shell, untrained, tmp_path, monkeypatch):
 def test_debug_shows_the_traceback_before_the_line(shell, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--debug"])
     with pytest.raises(SystemExit) as ended:
-        commandline.command(lambda argv: commandline.check_settings({**train.DEFAULTS, "lr": 0}))
+        commandline.command(lambda argv: experiment.check_settings(train.SETTINGS, {**train.DEFAULTS, "lr": 0}))
     errors = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
     assert errors[0].startswith("Traceback") and errors[-1].startswith("error: --lr 0")

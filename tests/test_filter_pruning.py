@@ -17,6 +17,7 @@ import test as half_test
 import train
 import train_pruning
 from engine import checkpoint, compiling
+from engine.settings import defaults_of
 from filter_pruning import (
     Pruner,
     absolute_reduce,
@@ -148,8 +149,8 @@ def test_absolute_threshold_beyond_all_keeps_one_channel():
 # ---- filters leave while training
 
 def filters_run(out, *flags):
-    train_pruning.main([*SHORT, "--pruning", "filters", "--filter-threshold", "0.6", "--filter-stop", "0.5", "--epochs",
-                        "12", "--out", str(out), *flags])
+    train_pruning.main([*SHORT, "--pruning", "filters", "--filter-threshold", "0.5", "--filter-stop", "0.5", "--seed",
+                        "1", "--epochs", "12", "--out", str(out), *flags])
     return checkpoint.read(out / "last.pt")
 
 
@@ -273,7 +274,7 @@ def test_settings_of_a_cycle_are_checked(config, message):
 def test_settings_of_a_cycle_come_from_a_file(tmp_path):
     path = tmp_path / "cycle.json"
     path.write_text('{"stop_loss": 0.3, "pruning_standart_deviation_part": 0.1}')
-    assert Pruner(path).settings == {**filter_pruning.SETTINGS, "stop_loss": 0.3,
+    assert Pruner(path).settings == {**defaults_of(filter_pruning.CYCLE), "stop_loss": 0.3,
                                      "pruning_standard_deviation_part": 0.1}
     path.write_text("[1]")
     with pytest.raises(ValueError, match="cycle.json is no JSON object"):

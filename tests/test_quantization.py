@@ -266,7 +266,7 @@ def float_run(tmp_path_factory):
 
 def start(*flags):
     """A run of train.py, about to train."""
-    return experiment.start(train.__file__, "", train.DEFAULTS, train.RECIPES, [*DIGITS, *map(str, flags)])
+    return experiment.start(train.__file__, "", train.SETTINGS, train.RECIPES, [*DIGITS, *map(str, flags)])
 
 
 def test_it_learns_from_a_network_of_floats(float_run, tmp_path):

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_runs import EPOCHS, ROUNDS, SMALL, folder_after, history_of, resume, start_rounds
 
-import experiment
 import train
 import train_pruning
-from engine import checkpoint, commandline
+from engine import checkpoint, schedules
+from engine.settings import to_resume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,10 +68,10 @@ def test_another_technique_line_is_listed_unless_a_flag_overrides_it(finished):
     state = finished.states[0]
     lines = {**state["settings"]["lines"], "mixing": "none"}
     with pytest.raises(ValueError, match=r"\(mixing: cutmix then, none now\)"):
-        commandline.settings_to_resume(state, lines, {"resume": True, "out": "a"})
-    forced = commandline.settings_to_resume(state, lines, {"resume": True, "out": "a", "force": True})
+        to_resume(train_pruning.SETTINGS, state, lines, {"resume": True, "out": "a"})
+    forced = to_resume(train_pruning.SETTINGS, state, lines, {"resume": True, "out": "a", "force": True})
     assert (forced["mixing"], forced["out"], forced["seed"]) == ("none", "a", 3)
-    kept = commandline.settings_to_resume(state, lines, {"resume": True, "out": "a", "mixing": "cutmix"})
+    kept = to_resume(train_pruning.SETTINGS, state, lines, {"resume": True, "out": "a", "mixing": "cutmix"})
     assert kept["mixing"] == "cutmix"
 
 
@@ -83,7 +83,7 @@ def test_force_accepts_other_settings_and_they_take_effect(finished, tmp_path):
     group = run.optimizer.param_groups[0]
     assert (group["weight_decay"], group["momentum"]) == (0.01, 0.5)
     run.schedule.step()
-    assert group["lr"] == pytest.approx(0.3 * experiment.one_cycle(4 / 6)), "4 of the round's 6 steps are done"
+    assert group["lr"] == pytest.approx(0.3 * schedules.one_cycle(4 / 6)), "4 of the round's 6 steps are done"
 
 
 @pytest.mark.parametrize("flags", [("--averaging", "none"), ("--schedule", "plateau"), ("--schedule", "cosine")])
@@ -117,7 +117,7 @@ def test_resume_from_a_file_of_weights_alone_is_refused(finished, tmp_path):
 
 # ---- the schedule stands where the epochs stand
 
-@given(st.sampled_from([experiment.one_cycle, experiment.warm_cosine]), st.floats(0, 10))
+@given(st.sampled_from([schedules.one_cycle, schedules.warm_cosine]), st.floats(0, 10))
 def test_a_share_of_the_rate_never_leaves_0_to_1(shape, progress):
     assert 0 <= shape(progress) <= 1
     assert progress < 1 or shape(progress) == 0
@@ -136,7 +136,7 @@ def test_a_finished_run_is_extended_with_another_batch_size(tmp_path, capsys, sc
     short(tmp_path / "run", "--epochs", 2, "--batch-size", before, "--schedule", schedule, "--lr", 0.25)
     capsys.readouterr()
     rates = short(tmp_path / "run", "--resume", "--force", "--batch-size", after, "--epochs", 4)
-    shape = experiment.one_cycle if schedule == "one-cycle" else experiment.warm_cosine
+    shape = schedules.one_cycle if schedule == "one-cycle" else schedules.warm_cosine
     assert rates[2:] == pytest.approx([0.25 * shape(2 / 4), 0.25 * shape(3 / 4)], abs=1e-6)
     assert (f"the schedule goes on at learning rate {0.25 * shape(0.5):.4g}, 2 of 4 epochs into its round; it stood at "
             "0\n") in capsys.readouterr().out
@@ -151,11 +151,11 @@ def test_the_rate_at_every_step_after_another_batch_size(tmp_path, monkeypatch):
         return real(run, *arguments)
     monkeypatch.setattr(train, "train_step", train_step)
     short(tmp_path / "run", "--resume", "--force", "--epochs", 3, "--batch-size", 16, "--lr", 0.5)
-    assert rates == pytest.approx([0.5 * experiment.one_cycle(4 / 6), 0.5 * experiment.one_cycle(5 / 6)])
+    assert rates == pytest.approx([0.5 * schedules.one_cycle(4 / 6), 0.5 * schedules.one_cycle(5 / 6)])
 
 
 @pytest.mark.parametrize("first, then, expected", [
-    ("plateau", "one-cycle", 0.25 * experiment.one_cycle(2 / 3)), ("one-cycle", "plateau", 0.25),
+    ("plateau", "one-cycle", 0.25 * schedules.one_cycle(2 / 3)), ("one-cycle", "plateau", 0.25),
     ("plateau", "plateau", 0.25), ("cosine", "plateau", 0.25)])
 def test_another_schedule_begins_where_the_run_stands(tmp_path, first, then, expected):
     short(tmp_path / "run", "--epochs", 2, "--schedule", first, "--lr", 0.25)
@@ -203,11 +203,12 @@ def test_a_run_does_not_go_on_where_other_numbers_are_drawn(device, size, finish
         resume(out)
 
 
-def test_a_run_goes_on_where_it_began_by_whichever_name(finished, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_began_by_whichever_name(finished, tmp_path):
     """The setting may be auto then and a name now, which is what the error above advises."""
     out = folder_after(finished, 2, tmp_path / "run")
     state = checkpoint.read(out / "last.pt")
     assert state["device"] == "cpu"
     state["settings"]["device"] = "auto"
     checkpoint.save(out / "last.pt", state)
-    assert start_rounds("--resume", "--out", out, "--device", "cpu").round == 1
+    run = start_rounds("--resume", "--out", out, "--device", "cpu")
+    assert (len(run.history), run.settings["device"]) == (2, "cpu")

@@ -109,7 +109,8 @@ def test_save_below_a_file_is_one_error(tmp_path):
 # ---- interrupted saves
 
 SAVES = """
-import sys, torch, checkpoint
+import sys, torch
+from engine import checkpoint
 path = sys.argv[1]
 print("ready", flush=True)
 for epoch in range(2, 10**6):
@@ -134,7 +135,8 @@ def test_killed_while_saving_leaves_whole_files(tmp_path):
 
 
 STOPPED = """
-import os, signal, sys, torch, checkpoint
+import os, signal, sys, torch
+from engine import checkpoint
 def at(real, point):
     def call(*arguments):
         if sys.argv[2] == point:

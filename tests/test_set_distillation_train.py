@@ -62,7 +62,7 @@ def test_a_student_learns_from_the_teacher_alone(teacher, tmp_path):
 def test_a_step_mixes_both_losses_and_leaves_the_teacher(teacher, tmp_path):
     losses = {}
     for weight in ("0", "0.5", "1"):
-        run = experiment.start(train.__file__, "", train.DEFAULTS, train.RECIPES, [
+        run = experiment.start(train.__file__, "", train.SETTINGS, train.RECIPES, [
             *SHORT, "--epochs", "1", "--teacher", str(teacher), "--distillation-weight", weight, "--out",
             str(tmp_path / weight)])
         experiment.begin_round(run)

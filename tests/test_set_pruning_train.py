@@ -60,9 +60,8 @@ def test_stopped_at_the_search_and_after_it_is_the_run_that_was_not(morphed, tmp
 def test_the_penalty_is_in_the_loss_of_the_search_alone(tmp_path):
     losses = {}
     for strength in (0.0, 0.5):
-        run = experiment.start(train_pruning.__file__, "", train_pruning.ROUNDS, train.RECIPES,
-                               [*SHORT, "--morph-strength", str(strength), "--out", str(tmp_path / str(strength))],
-                               train_pruning.add_flags)
+        run = experiment.start(train_pruning.__file__, "", train_pruning.SETTINGS, train.RECIPES,
+                               [*SHORT, "--morph-strength", str(strength), "--out", str(tmp_path / str(strength))])
         for round_ in (0, 1):
             run.round = round_
             experiment.begin_round(run)

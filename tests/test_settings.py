@@ -11,6 +11,7 @@ import pytest
 import torch
 from sample_runs import run_script
 
+import set_pruning_train
 import train
 import train_pruning
 from engine import checkpoint, commandline
@@ -28,6 +29,11 @@ def dry_run(main, capsys, *flags):
 
 
 # ---- technique lines
+
+def read_lines(path):
+    """The lines of a script, checked by its own table of settings."""
+    return commandline.read_lines(path, {"train.py": train, "train_pruning.py": train_pruning}[path.name].SETTINGS)
+
 
 def commented_lines(script):
     """[(group, value as text)] of the lines that are not active."""
@@ -60,9 +66,9 @@ def test_every_commented_line_runs_when_it_is_active(script, group, value, tmp_p
     monkeypatch.chdir(tmp_path)
     edited = tmp_path / script
     edited.write_text(activate((ROOT / script).read_text(), group, value))
-    active = commandline.read_lines(edited)[0]
+    active = read_lines(edited)[0]
     assert repr(active[group.lower()]).replace("'", '"') == value
-    masked = script == "train_pruning.py" and active["pruning"] not in commandline.SHRINKING
+    masked = script == "train_pruning.py" and active["pruning"] not in set_pruning_train.SHRINKING
     one_round = script == "train.py" or active["pruning"] in ("filters", "l1_cycle")
     rounds = ["1"] if one_round else ["1", "1"]
     size = ["4", "2"] if group == "MODEL" else ["16", "8"]           # two steps
@@ -84,7 +90,7 @@ def test_every_commented_line_runs_when_it_is_active(script, group, value, tmp_p
 
 @pytest.mark.parametrize("script", ["train.py", "train_pruning.py"])
 def test_lines_offer_every_choice_and_one_is_active(script):
-    active, choices = commandline.read_lines(ROOT / script)
+    active, choices = read_lines(ROOT / script)
     assert set(GROUPS) <= set(active)
     assert all(active[group.lower()] == values[0] and len(values) > 1 for group, values in choices.items())
     assert choices["MODEL"][:5] == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
@@ -93,7 +99,7 @@ def test_lines_offer_every_choice_and_one_is_active(script):
 
 
 def test_both_scripts_have_the_same_lines_for_training():
-    (active, choices), (more, more_choices) = (commandline.read_lines(ROOT / script)
+    (active, choices), (more, more_choices) = (read_lines(ROOT / script)
                                                for script in ("train.py", "train_pruning.py"))
     assert active == {group: more[group] for group in active}
     assert choices == {group: more_choices[group] for group in choices}
@@ -103,13 +109,13 @@ def test_both_scripts_have_the_same_lines_for_training():
 @pytest.mark.parametrize(("script", "group"), sorted({line[:2] for line in LINES}))
 def test_two_or_no_active_lines_are_refused_with_the_group_and_its_choices(script, group, tmp_path, monkeypatch):
     text, edited = (ROOT / script).read_text(), tmp_path / script
-    choices = commandline.read_lines(ROOT / script)[1][group]
+    choices = read_lines(ROOT / script)[1][group]
     none = re.sub(rf"^({group} = )", r"# \1", text, flags=re.MULTILINE)
     both = re.sub(rf"^# ({group} = )", r"\1", text, count=1, flags=re.MULTILINE)
     for changed, count in ((none, 0), (both, 2)):
         edited.write_text(changed)
         with pytest.raises(ValueError, match=f"{script} has {count} active {group} lines") as error:
-            commandline.read_lines(edited)
+            read_lines(edited)
         assert all(repr(choice) in str(error.value) for choice in choices)
         with pytest.raises(ValueError, match=f"{count} active {group}"):
             load_script(edited, monkeypatch).main([*SHORT, "--dry-run"])
@@ -133,7 +139,7 @@ def test_a_line_commented_without_a_space_is_still_a_choice(tmp_path):
     """As many editors comment a line."""
     script = edited(tmp_path, "train.py", ("^MIXING = ", "#MIXING = "), ("^# MIXING = ", "#MIXING = "))
     with pytest.raises(ValueError, match="train.py has 0 active MIXING lines.*'cutmix', 'mixup', 'cutout', 'none'"):
-        commandline.read_lines(script)
+        read_lines(script)
 
 
 def test_two_active_lines_from_the_shell(tmp_path):

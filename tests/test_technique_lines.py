@@ -15,13 +15,18 @@ import set_pruning_train
 import set_quantization_train
 import train
 import train_pruning
-from engine import checkpoint, commandline
+from engine import checkpoint, commandline, settings
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = {script: commandline.read_lines(ROOT / script)[0] for script in ("train.py", "train_pruning.py")}
+LINES = commandline.read_lines(ROOT / "train_pruning.py", train_pruning.SETTINGS)[0]
 FIRST = {"MODEL": '"resnet18"', "GROUPS": "8", "SHUFFLE": "True", "MIXING": '"cutmix"', "WEIGHTS": '"float"',
          "PRUNING": '"rounds"', "SCORE": '"l1"', "SCHEDULE": '"one-cycle"', "AVERAGING": '"ema"', "OPTIMIZER": '"sgd"',
          "FLIPS": '"random"'}
+
+
+def read_lines(path):
+    """The lines of a copy of train_pruning.py."""
+    return commandline.read_lines(path, train_pruning.SETTINGS)
 
 
 def with_line(folder, group, value, script="train_pruning.py"):
@@ -45,7 +50,7 @@ def with_line(folder, group, value, script="train_pruning.py"):
     ("SHUFFLE", '"False"', ["SHUFFLE = 'False'", "True, False"]),
     ("SHUFFLE", "0", ["SHUFFLE = 0", "True, False"]),
     ("SHUFFLE", "false", ["SHUFFLE = false", "True or False"]),
-    ("MIXING", '"cutmx"', ["MIXING = 'cutmx'", "'cutmix', 'mixup', 'cutout', 'none'"]),
+    ("MIXING", '"cutmx"', ["MIXING = 'cutmx'", "'cutmix', 'cutout', 'mixup', 'none'"]),
     ("MIXING", "cutmix", ["MIXING = cutmix", "quotation marks"]),
     ("MIXING", "None", ["MIXING = None", "'none'"]),
     ("MIXING", '["cutmix"]', ["MIXING = ['cutmix']"]),
@@ -60,7 +65,7 @@ def with_line(folder, group, value, script="train_pruning.py"):
 ])
 def test_a_value_that_the_group_does_not_have_is_refused(group, value, told, tmp_path):
     with pytest.raises(ValueError) as problem:
-        commandline.read_lines(with_line(tmp_path, group, value))
+        read_lines(with_line(tmp_path, group, value))
     for part in ["train_pruning.py, line ", *told]:
         assert part in str(problem.value), problem.value
 
@@ -72,8 +77,8 @@ def test_a_value_that_the_group_does_not_have_is_refused(group, value, told, tmp
 ])
 def test_a_value_means_what_it_means_in_python(group, value, meant, tmp_path):
     path = with_line(tmp_path, group, value)
-    active = commandline.read_lines(path)[0]
-    assert active == {**LINES["train_pruning.py"], group.lower(): meant}
+    active = read_lines(path)[0]
+    assert active == {**LINES, group.lower(): meant}
     assert type(active[group.lower()]) is type(meant)
 
 
@@ -86,7 +91,7 @@ def test_blanks_and_comments_do_not_matter(old, new, tmp_path):
     text = (ROOT / "train_pruning.py").read_text()
     assert old in text
     (tmp_path / "train_pruning.py").write_text(text.replace(old, new, 1))
-    assert commandline.read_lines(tmp_path / "train_pruning.py") == commandline.read_lines(ROOT / "train_pruning.py")
+    assert read_lines(tmp_path / "train_pruning.py") == read_lines(ROOT / "train_pruning.py")
 
 
 @pytest.mark.parametrize("old, new, told", [
@@ -105,7 +110,7 @@ def test_a_block_that_is_none_is_refused(old, new, told, tmp_path):
     assert old in text
     (tmp_path / "train_pruning.py").write_text(text.replace(old, new, 1))
     with pytest.raises(ValueError) as problem:
-        commandline.read_lines(tmp_path / "train_pruning.py")
+        read_lines(tmp_path / "train_pruning.py")
     assert all(part in str(problem.value) for part in told), problem.value
 
 
@@ -127,7 +132,7 @@ def test_any_block_means_what_python_makes_of_it_or_is_one_clear_error(tmp_path_
     text = "\n".join(["# ---- techniques", *lines, "# ---- more", ""])
     path.write_text(text, newline="")
     try:
-        active, choices = commandline.read_lines(path)
+        active, choices = read_lines(path)
     except ValueError as problem:
         assert "train_pruning.py" in str(problem) and "\n" not in str(problem)
         return
@@ -136,7 +141,7 @@ def test_any_block_means_what_python_makes_of_it_or_is_one_clear_error(tmp_path_
     made = {name: value for name, value in made.items() if name.isupper()}
     assert active == {name.lower(): value for name, value in made.items()}
     for name, value in active.items():
-        commandline.check_choice(name, value, name)
+        settings.check_value(train_pruning.SETTINGS[name], value, name)
         assert value in choices[name.upper()]
 
 
@@ -155,14 +160,12 @@ def test_a_checkpoint_with_another_word_does_not_resume(finished, tmp_path):
 
 
 def test_a_group_without_any_line_is_named(tmp_path, monkeypatch):
-    text = re.sub(r"^#? ?(AVERAGING|PRUNING) = .*\n", "", (ROOT / "train_pruning.py").read_text(), flags=re.MULTILINE)
-    script = tmp_path / "train_pruning.py"
-    script.write_text(text)
-    with pytest.raises(ValueError, match="no AVERAGING line"):
-        experiment.start(str(script), "", train_pruning.ROUNDS, train.RECIPES, SMALL, train_pruning.add_flags)
-    with pytest.raises(ValueError, match="no PRUNING line"):
-        experiment.start(str(script), "", {**train_pruning.ROUNDS, "averaging": "ema"}, train.RECIPES, SMALL,
-                         train_pruning.add_flags)
+    for group in ("AVERAGING", "PRUNING", "OPTIMIZER"):
+        text = re.sub(rf"^#? ?{group} = .*\n", "", (ROOT / "train_pruning.py").read_text(), flags=re.MULTILINE)
+        script = tmp_path / "train_pruning.py"
+        script.write_text(text)
+        with pytest.raises(ValueError, match=f"train_pruning.py has no {group} line"):
+            experiment.start(str(script), "", train_pruning.SETTINGS, train.RECIPES, SMALL)
 
 
 def test_no_technique_is_what_remains():

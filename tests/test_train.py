@@ -13,6 +13,7 @@ import experiment
 import networks
 import train
 import train_pruning
+from engine import schedules
 
 CPU = torch.device("cpu")
 SHORT = ["--dataset", "digits", "--device", "cpu", "--compile", "off"]
@@ -59,7 +60,7 @@ def test_schedule_starts_above_zero_peaks_at_one_and_ends_near_zero(name, tmp_pa
     assert 0 <= run.optimizer.param_groups[0]["lr"] < 1e-9
 
 
-@pytest.mark.parametrize("shape", [experiment.one_cycle, experiment.warm_cosine])
+@pytest.mark.parametrize("shape", [schedules.one_cycle, schedules.warm_cosine])
 def test_shares_of_the_learning_rate_stay_between_zero_and_one(shape):
     shares = [shape(step / 999) for step in range(1000)]
     assert all(0 <= share <= 1 for share in shares) and min(shares[:-1]) > 0 and max(shares) > 0.999
@@ -91,7 +92,7 @@ def test_train_step_is_smoothed_cross_entropy_and_nesterov_by_hand(tmp_path):
         logarithms = logits - logits.exp().sum(1, keepdim=True).log()
         loss = -(wanted * logarithms).sum(1).mean()
         slope = (logarithms.exp() - wanted) / 8
-        share = rate * experiment.one_cycle(step / 4)
+        share = rate * schedules.one_cycle(step / 4)
         for tensor, slot, gradient in zip((weight, bias), slots, (slope.T @ flat, slope.sum(0)), strict=True):
             gradient += decay * tensor
             slot.mul_(momentum).add_(gradient)
@@ -176,7 +177,7 @@ def test_a_late_look_names_the_first_step_that_was_not_finite(value, bad, schedu
     train.train_epoch(run, BAR)
     run.epoch, run.history = 1, [{}]
     batches[bad][0][3, 0, 0, 0] = value
-    rate = 0.2 * (experiment.one_cycle((10 + bad) / 20) if schedule == "one-cycle" else 1)
+    rate = 0.2 * (schedules.one_cycle((10 + bad) / 20) if schedule == "one-cycle" else 1)
     with pytest.raises(RuntimeError, match=f"not finite: epoch 2, step {bad + 1}, learning rate {rate:.4g}; last good"):
         train.train_epoch(run, BAR)
     assert not list(tmp_path.iterdir())

@@ -7,9 +7,8 @@ import pytest
 import torch
 from sample_runs import SMALL, run_script, start_training
 
-import experiment
 import train
-from engine import checkpoint
+from engine import checkpoint, schedules
 
 
 def test_diverging_validation_is_not_saved(shell, tmp_path):
@@ -39,7 +38,7 @@ def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkey
     monkeypatch.setattr(train, "save", save_then_poison)
     with pytest.raises(RuntimeError) as problem:
         train.fit(run)
-    rate = 0.125 * experiment.one_cycle(1 / 2)
+    rate = 0.125 * schedules.one_cycle(1 / 2)
     assert f"not finite: epoch 2, step 1, learning rate {rate:.4g}; last good checkpoint: {run.out}/last.pt" in str(
         problem.value)
     assert poisoned.pop("files") == {path.name: path.read_bytes() for path in run.out.iterdir()}

@@ -98,7 +98,7 @@ def refusal(function, argument, agree=False):
 
 def poisoned(out):
     """Train where one pixel of the second rank's part is not a number."""
-    run = experiment.start(train.__file__, "", train.DEFAULTS, train.RECIPES,
+    run = experiment.start(train.__file__, "", train.SETTINGS, train.RECIPES,
                            [*SMALL, "--model", "lenet5", "--mixing", "none", "--out", str(out)])
     experiment.begin_round(run)
     images, labels = next(iter(run.train))

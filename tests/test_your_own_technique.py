@@ -1,0 +1,99 @@
+"""docs/your-own-technique.md: what it says is done to a copy of the project, and both techniques train."""
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from sample_runs import ROOT, run_script
+
+PAGE = (ROOT / "docs/your-own-technique.md").read_text()
+TINY = ["--dataset", "digits", "--limit", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu", "--compile",
+        "off", "--model", "lenet5-student"]      # two steps
+
+
+def code_in(section):
+    """The code blocks below a heading of the page."""
+    return re.findall(r"^```python\n(.*?)^```$", PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0],
+                      re.MULTILINE | re.DOTALL)
+
+
+def below_the_last(path, start, text):
+    """Write a text below the last line of a file that starts so."""
+    lines = path.read_text().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if line.startswith(start))
+    path.write_text("".join([*lines[:last + 1], text, *lines[last + 1:]]))
+
+
+def activate(path, group, value):
+    """Move the # of a group's lines."""
+    text = re.sub(rf"^({group} = )", r"# \1", path.read_text(), flags=re.MULTILINE)
+    assert f'\n# {group} = "{value}"' in text
+    path.write_text(text.replace(f'\n# {group} = "{value}"', f'\n{group} = "{value}"'))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project with what the page says done to it."""
+    folder = tmp_path_factory.mktemp("own") / "project"
+    shutil.copytree(ROOT, folder, ignore=lambda parent, names: [
+        name for name in names if parent == str(ROOT) and name not in ("engine", "models", "deploy", "benchmarks")
+        and not name.endswith(".py") or name == "__pycache__"])
+    file, line = code_in("A mixing")
+    (folder / "set_stack_train.py").write_text(file)
+    for script in ("train.py", "train_pruning.py"):
+        below_the_last(folder / script, "# MIXING = ", line)
+    function, line = code_in("A score")
+    text = (folder / "pruning.py").read_text()
+    assert "below `lamp_scores`" in PAGE and text.count("\n\n\nSCORES = ") == 1
+    (folder / "pruning.py").write_text(text.replace("\n\n\nSCORES = ", f"\n\n\n{function.rstrip()}\n\n\nSCORES = "))
+    below_the_last(folder / "train_pruning.py", "# SCORE = ", line)
+    return folder
+
+
+def run_of(project, out, script, *flags):
+    """(what the script printed, settings, history) of a run in the copy."""
+    done = subprocess.run([sys.executable, script, *TINY, "--out", str(out), *flags], cwd=project, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return (done.stdout, json.loads((out / "config.json").read_text())["settings"],
+            list(csv.DictReader((out / "history.csv").read_text().splitlines())))
+
+
+def test_a_mixing_is_one_file_and_one_line(project, tmp_path):
+    _, plain, before = run_of(project, tmp_path / "none", "train.py", "--mixing", "none")
+    _, settings, rows = run_of(project, tmp_path / "run", "train.py", "--mixing", "stack", "--stack-least", "0.4",
+                               "--mix-probability", "1")
+    assert (settings["mixing"], settings["stack_least"], plain["stack_least"]) == ("stack", 0.4, 0.1)
+    assert rows[0]["train_loss"] != before[0]["train_loss"]
+    code, line = run_script("train.py", *TINY, "--stack-least", "0.5", "--out", tmp_path / "bad", folder=project)
+    assert (code, line) == (2, "--stack-least 0.5: it must be at least 0 and below 0.5")
+    code, line = run_script("train.py", *TINY, "--mixing", "stak", "--out", tmp_path / "bad", folder=project)
+    assert code == 2 and "stak" in line and "stack" in line
+
+
+def test_both_lines_are_active_in_one_run_that_is_resumed(project, tmp_path):
+    activate(project / "train_pruning.py", "MIXING", "stack")
+    activate(project / "train_pruning.py", "SCORE", "filter")
+    printed, settings, rows = run_of(project, tmp_path / "run", "train_pruning.py", "--epochs", "1", "1", "--sparsity",
+                                     "0.7")
+    assert (settings["mixing"], settings["score"]) == ("stack", "filter") and settings["lines"]["score"] == "filter"
+    assert len(rows) == 2 and float(rows[1]["sparsity"]) == pytest.approx(0.7, abs=1e-3)
+    done = subprocess.run([sys.executable, "train_pruning.py", "--resume", "--out", str(tmp_path / "run")], text=True,
+                          cwd=project, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    code, line = run_script("train_pruning.py", "--resume", "--out", tmp_path / "run", "--stack-least", "0.3",
+                            folder=project)
+    assert code == 2 and "stack_least: 0.1 then, 0.3 now" in line
+
+
+def test_two_files_of_one_setting_are_refused(project, tmp_path):
+    shutil.copytree(project, tmp_path / "copy")
+    text = (tmp_path / "copy" / "set_stack_train.py").read_text()
+    (tmp_path / "copy" / "set_stack_train.py").write_text(text.replace('"stack_least"', '"lr"'))
+    done = subprocess.run([sys.executable, "train.py", *TINY, "--dry-run"], cwd=tmp_path / "copy", text=True,
+                          capture_output=True)
+    assert done.returncode != 0 and "two files declare the setting 'lr'" in done.stderr
