@@ -125,6 +125,9 @@ def compute_as(model, form):
     Dense ones do more in fewer and larger products, which a GPU is better at.
     Outputs and gradients agree to rounding; weights keep their names and shapes.
     """
+    for layer in model.modules():              # one that has shrunk to a channel a group is depthwise now
+        if type(layer) is BlockDiagonalConv2d:
+            layer.__class__ = nn.Conv2d
     for layer in grouped_layers(model):
         layer.__class__ = {"dense": BlockDiagonalConv2d, "grouped": nn.Conv2d}[form]
 
