@@ -198,10 +198,14 @@ def check_training(run):
 
 
 def lay_out(run):
-    """Give the network of `run` and its average the run's memory layout and form; again after layers have changed."""
+    """Give the network of `run` and its average the run's memory layout and form; again after layers have changed.
+
+    That may move weights, even those that lay so (of one input and one pixel, whose layout is ambiguous).
+    """
     for model in (run.model, run.average):
         if model is not None:
             compiling.lay_out(model, run.layout, run.form or "grouped")
+    look_up(run)
 
 
 def make_batches(data, kind, settings, device, generator):
@@ -301,7 +305,7 @@ def begin_round(run):
 
 
 def look_up(run):
-    """Look up the tensors that each step averages and masks; again after shrinking, which puts others in place."""
+    """Look up the tensors that each step averages and masks; again where others were put in place, see `lay_out`."""
     run.averaged = average_pairs(run.average, run.model) if run.average is not None else None
     run.masked = None
 

@@ -21,7 +21,7 @@ from engine.averages import update_average
 from engine.finite import count_finite, refuse_counted, refuse_nonfinite, refuse_nonfinite_state
 from engine.folders import newest
 from engine.settings import Setting, defaults_of, joined, line, without_flags
-from experiment import MIXINGS, autocast, begin_round, finish, lay_out, look_up, masked_weights, resumable, save, start
+from experiment import MIXINGS, autocast, begin_round, finish, lay_out, masked_weights, resumable, save, start
 from networks import image_shape
 from set_distillation_train import ask, distilled, teach
 from set_pruning_train import GRADUAL, prune_on_schedule, ranks_at, reduce_filters, search_penalty
@@ -159,7 +159,6 @@ def run_epoch(run, bar):
         left = reduce_filters(run.settings, run.epoch + 1, run.model, run.average, run.optimizer, run.masks)
         if left:
             lay_out(run)
-            look_up(run)
             run.forward = compiling.again(run.model, run.forward)
             print(f"removed: {left}", flush=True)
     if run.settings["recalibrate"] and run.epoch + 1 == run.settings["epochs"][run.round]:

@@ -7,6 +7,7 @@ gradients, and every random generator, are afterwards as they were.
 """
 import ctypes
 import logging
+import math
 import os
 import shutil
 import statistics
@@ -202,27 +203,53 @@ def time_steps(model, forward, shape, autocast, device, layout=torch.channels_la
 
     On a GPU the fastest of three rows of steps without a wait between them: one
     step alone would tell its latency, which is not what a run is made of. RuntimeError
-    where what is called in place of `model` gives gradients that are not finite:
-    torch 2.14 compiles some networks with GELU in bfloat16 so.
+    where what is called in place of `model` computes something else, see `refuse_wrong`.
     """
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device).contiguous(memory_format=layout)
     rows, steps = (3, 30) if device.type == "cuda" else (1, 1)
 
-    def step(images):
+    def step(images, called=forward):
         with autocast:
-            logits = forward(images)
-        logits.float().logsumexp(1).sum().backward()
+            logits = called(images)
+        loss = logits.float().logsumexp(1).sum()
+        loss.backward()
+        return loss.detach() / len(images)
     model.train()
     try:
-        step(noise)
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if forward is not model and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise RuntimeError("its gradients are not finite")
+        loss = step(noise)
+        if forward is not model:
+            found = loss.item(), take_gradient(model)
+            refuse_wrong(found, (step(noise, model).item(), take_gradient(model)))
         return shape[0] * steps / min(time_calls(step, noise, steps, device) for _ in range(rows))
     finally:                              # also where compiling has failed in the backward pass
         model.zero_grad(set_to_none=True)
         model.load_state_dict(kept)
+
+
+def take_gradient(model):
+    """The Euclidean norm of all gradients together, which are then gone."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).item()
+    model.zero_grad(set_to_none=True)
+    return norm
+
+
+def refuse_wrong(found, expected):
+    """RuntimeError where a compiled step's (loss an image, norm of its gradients) are not finite, or far from eager's.
+
+    torch 2.14 compiles some networks with GELU in bfloat16 to gradients that are NaN. Norms are compared, because
+    rounding to bfloat16 alone turns a gradient: MobileNet's by more than its length, while its norm changes by 5 %.
+    """
+    (loss, gradient), (eager_loss, eager_gradient) = found, expected
+    if not math.isfinite(eager_loss + eager_gradient):
+        return                            # the network itself is broken, which training tells
+    if not math.isfinite(loss + gradient):
+        raise RuntimeError(f"its {'loss is' if math.isfinite(gradient) else 'gradients are'} not finite")
+    if abs(loss - eager_loss) > 0.25 * (1 + abs(eager_loss)):
+        raise RuntimeError(f"its loss is {loss:.4g} where eager's is {eager_loss:.4g}")
+    if not eager_gradient / 2 <= gradient <= 2 * eager_gradient:
+        raise RuntimeError(f"its gradients have a norm of {gradient:.4g} where eager's have {eager_gradient:.4g}")
 
 
 # ---- the time of anything that is called again and again

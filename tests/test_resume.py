@@ -218,3 +218,16 @@ def test_momentum_and_decay_do_not_revive_pruned_weights(tmp_path):
     assert_zeros(state, run.masks)
     assert_zeros({"weights": checkpoint.weights_of(run.model)}, run.masks)
     assert not same(state["weights"]["linear.weight"], before["linear.weight"]), "it has trained"
+
+
+# ---- what a step works on
+
+def test_weights_that_move_to_their_layout_are_averaged_where_they_are_then(tmp_path):
+    """As on resuming: one input and one pixel are no layout to torch, which copies such weights each time."""
+    run = start_rounds(*SMALL, "--epochs", 1, 1, "--sparsity", 0.5, "--groups", 64, "--out", tmp_path / "run")
+    experiment.begin_round(run)
+    experiment.lay_out(run)
+    averages, weights, counts, others = run.averaged
+    for network, tensors in ((run.average, [*averages, *counts]), (run.model, [*weights, *others])):
+        held = {tensor.data_ptr() for tensor in tensors}
+        assert not [name for name, tensor in network.state_dict().items() if tensor.data_ptr() not in held]

@@ -66,6 +66,44 @@ def test_a_compiled_network_whose_gradients_are_not_finite_does_not_train(monkey
         choose(model, "on")
 
 
+@pytest.mark.parametrize("wrong, reason", [
+    (lambda model: lambda images: model(images) + 5, "its loss is"),
+    (lambda model: lambda images: model(images).detach() + 0 * model(images), "its gradients have a norm of 0 where"),
+    (lambda model: lambda images: 4 * model(images) - 3 * model(images).detach(), "its gradients have a norm of")])
+def test_a_compiled_network_that_computes_something_else_does_not_train(monkeypatch, wrong, reason):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: wrong(model))
+    monkeypatch.setattr(compiling, "find_compiler", lambda: "g++")
+    model = networks.build("lenet5")
+    forward, _, note = choose(model, "auto")
+    assert forward is model and note.startswith(f"eager (torch.compile failed: {reason}")
+    with pytest.raises(RuntimeError, match=reason):
+        choose(model, "on")
+
+
+@pytest.mark.parametrize("name", ["lenet5", "mobilenet"])
+def test_a_compiled_network_may_round_otherwise(monkeypatch, name):
+    """MobileNet's gradient in float32 is as long as in bfloat16 and points elsewhere."""
+    monkeypatch.setattr(torch, "compile", lambda model, **options: lambda images: in_bfloat16(model, images))
+    monkeypatch.setattr(compiling, "find_compiler", lambda: "g++")
+    torch.manual_seed(0)
+    model = networks.build(name)
+    forward, _, note = choose(model, "auto")
+    assert forward is not model and note.startswith("compiled")
+
+
+def in_bfloat16(model, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(images)
+
+
+def test_a_network_that_is_not_finite_itself_is_no_fault_of_the_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: lambda images: model(images))
+    monkeypatch.setattr(compiling, "find_compiler", lambda: "g++")
+    model = networks.build("lenet5")
+    torch.nn.init.constant_(next(model.parameters()), float("inf"))
+    assert choose(model, "on")[2].startswith("compiled")
+
+
 def test_timing_leaves_no_trace():
     model, state = build("resnet18").train(), torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
