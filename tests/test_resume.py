@@ -26,6 +26,7 @@ from sample_runs import (
 )
 
 import experiment
+import morphnet
 import networks
 import pruning
 import train
@@ -129,25 +130,33 @@ def test_the_faster_form_of_grouped_convolutions_is_kept(tmp_path, monkeypatch):
     assert forced.form == "grouped"
 
 
-@pytest.mark.parametrize("flags", ["--pruning morphnet --epochs 1 1 1 --convolutions dense",
-                                   "--pruning filters --epochs 3 --filter-threshold 0.9 --filter-interval 1 "
-                                   "--filter-stop 1 --convolutions dense"])
-def test_layers_that_are_replaced_compute_as_the_run_does(flags, tmp_path, monkeypatch):
-    """As those of a resumed run do: in its form, in its memory layout."""
-    plain, real = [], train.train_step
+def laid_out(model):
+    """Whether each layer computes as those of a run of dense convolutions do, in form and memory layout."""
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
+    return all((type(layer) is compiling.BlockDiagonalConv2d) == (1 < layer.groups < layer.in_channels)
+               and layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in layers)
 
-    def train_step(run, *batch):
-        layers = [layer for layer in run.model.modules() if isinstance(layer, torch.nn.Conv2d)]
-        plain.extend(name for layer in layers for name, wrong in (
-            ("form", 1 < layer.groups < layer.in_channels and type(layer) is not compiling.BlockDiagonalConv2d),
-            ("layout", not layer.weight.is_contiguous(memory_format=torch.channels_last))) if wrong)
-        return real(run, *batch)
-    monkeypatch.setattr(train, "train_step", train_step)
-    flags = [*SMALL, *shlex.split(flags)]
+
+def test_layers_that_morphnet_replaces_compute_as_the_run_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(morphnet, "draw_widths", lambda *given: None)
+    run = start_rounds(*SMALL, "--pruning", "morphnet", "--epochs", 1, 1, "--convolutions", "dense", "--out",
+                       tmp_path / "run")
+    experiment.begin_round(run)
+    before = sum(parameter.numel() for parameter in run.model.parameters())
+    assert laid_out(run.model)
+    train_pruning.morph(run)
+    assert sum(parameter.numel() for parameter in run.model.parameters()) < before and laid_out(run.model)
+
+
+def test_filters_that_leave_change_neither_form_nor_layout_nor_what_a_resumed_run_does(tmp_path, monkeypatch):
+    """Some layers keep one channel a group, and are depthwise from then on."""
+    right, real = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda run, *batch: right.append(laid_out(run.model)) or real(run, *batch))
+    flags = [*SMALL, "--limit", "8", "--batch-size", "8", "--convolutions", "dense", "--pruning", "filters", "--epochs",
+             "2", "--filter-threshold", "0.97", "--filter-interval", "1", "--filter-stop", "1"]
     train_pruning.main([*flags, "--out", str(tmp_path / "whole")])
-    assert plain == []
-    run_in_parts(lambda: train_pruning.main([*flags, "--out", str(tmp_path / "parts")]), tmp_path / "parts", 3)
-    assert plain == []
+    run_in_parts(lambda: train_pruning.main([*flags, "--out", str(tmp_path / "parts")]), tmp_path / "parts", 2)
+    assert right == [True] * 4
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
