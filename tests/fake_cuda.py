@@ -26,13 +26,14 @@ from unittest import mock
 import torch
 import torch._dynamo  # noqa: F401  before names of torch are replaced, which it looks up as it is imported
 from torch.optim import optimizer
-from torch.utils import _foreach_utils
+from torch.utils import _device, _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = str(Path(__file__).resolve().parents[1])
 DEVICE = torch.device("cuda", 0)
 CpuGenerator = torch.Generator
+_device._device_constructors()            # this list is made once: not while other functions stand there
 current = None                            # the FakeCuda in force
 # what only makes another view, or memory without numbers
 NO_KERNEL = {"detach", "alias", "view", "_unsafe_view", "_reshape_alias", "expand", "permute", "transpose", "t",
@@ -256,7 +257,10 @@ def stand_ins(gpu):
     seed, autocast = torch.manual_seed, torch.autocast
 
     def by_copy(make):                        # these go to the driver past every mode
-        return lambda data, *, device=None, **kwargs: make(data, **kwargs).to(device or "cpu")
+        def made(data, *, device=None, **kwargs):
+            tensor = make(data, **kwargs)     # of no device asked for: where a surrounding torch.device says
+            return tensor if device is None else tensor.to(device)
+        return made
 
     def one_hot(labels, classes):             # a helper tensor of its C++ is made where C++ sees the labels
         return (labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)).long()
