@@ -30,7 +30,7 @@ import cifar10
 import quantization
 from deploy import integer_inference
 from engine import checkpoint, commandline
-from networks import architecture_of, build, load_network
+from networks import architecture_of, build, data_of, load_network
 from train import DEFAULTS, find_checkpoint
 
 DENSE_PARAMETERS, DENSE_MACS = 11_173_962, 555_422_720    # ResNet-18, groups 1, 10 classes, 32x32
@@ -269,15 +269,16 @@ def main(argv):
     """Profile a checkpoint or an untrained network."""
     arguments = parse(argv)
     if arguments.model:
-        model, source, stored = untrained(arguments), "untrained", None
+        model, source = untrained(arguments), "untrained"
         dataset = "cifar100" if arguments.classes == 100 else arguments.dataset
+        kind = cifar10.kind_of(dataset)
     else:
         source = find_checkpoint(arguments.checkpoint)
         if arguments.csv:
             checkpoint.refuse_same(source, arguments.csv, "--csv")
         model, state = load_network(source)
-        dataset, stored = state["dataset"], state.get("kind")
-    height, width, channels = cifar10.kind_of(dataset, stored).shape
+        dataset, kind = data_of(source, state)
+    height, width, channels = kind.shape
     rows = count_layers(model, (channels, height, width))
     totals = totals_of(rows, arguments.bits[0], arguments.bits[-1], dataset)
     if arguments.json:
@@ -287,9 +288,10 @@ def main(argv):
         print_table(rows, totals)
     if not arguments.model and (Path(source).parent / "config.json").exists():
         with checkpoint.noted():
-            checkpoint.merge_json(Path(source).parent / "report.json", {"profile": {**totals, "layers": [
-                {"name": row["name"], "weights": row["weights"], "zero_weights": row["zero_weights"]}
-                for row in rows if row["weights"]]}})
+            names = ("name", "weights", "zero_weights")
+            layers = [{name: row[name] for name in names} for row in rows if row["weights"]]
+            checkpoint.merge_json(Path(source).parent / "report.json", {"profile": {
+                **totals, "layers": layers, "checkpoint": str(source), "sha256": checkpoint.sha256_of(source)}})
     if arguments.csv:
         write_rows(arguments.csv, rows)
 

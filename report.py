@@ -284,14 +284,16 @@ def same_run(one, other):
         return True
     rows = min(len(one["history"]), len(other["history"]))
     settings = [{name: value for name, value in run["settings"].items() if name != "epochs"} for run in (one, other)]
+    first = [run["history"][list(COLUMNS_OF_HISTORY)][:rows].astype(float) for run in (one, other)]
     return (settings[0] == settings[1] and one["seed"] == other["seed"] and one["started"] == other["started"]
-            and one["history"][:rows].equals(other["history"][:rows]))
+            and first[0].equals(first[1]))
 
 
 def check_kept(runs, out):
     """ValueError where the copy of a run, out/<run>/, would overwrite that of another run of the same name."""
     for run in runs:
-        if (out / run["run"] / "config.json").exists() and not same_run(run, read_run(out / run["run"])):
+        files = [out / run["run"] / name for name in ("config.json", "history.csv")]
+        if all(path.exists() for path in files) and not same_run(run, read_run(out / run["run"])):
             raise ValueError(f"{out / run['run']} holds a copy of another run than {run['folder']}; rename the folder "
                              "of one of them, or choose another --out")
 

@@ -20,7 +20,6 @@ code is 1. `study_file.py` says what a study must be, and what is refused before
 training: names that collide, flags that a script would refuse, and runs that are there
 but were trained with other settings than their arm has now.
 """
-import hashlib
 import itertools
 import json
 import math
@@ -39,6 +38,7 @@ from studies.study_file import check_out, check_runs, check_seeds, folder_of, re
 NUMBERS = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes", "score_course",
            "pflop", "minutes", "images_per_second", "test_seconds", "epochs_faster"]
 MEASURED = ("parameters", "nonzero", "sparsity", "macs", "binary_weights", "score_course")
+
 
 def train_arm(arm, flags, seed, folder):
     """Train one run to its end in a process of its own, from where it stands. RuntimeError where that fails."""
@@ -62,7 +62,7 @@ def measure_arm(folder, data):
     """
     few, model = "bits" in run_files.read_config(folder)["architecture"], folder / "model.pt"
     exported, measured = folder / ("exported.packed.gz" if few else "exported.pt.gz"), folder / "exported.json"
-    kept, sha256 = kept_of(measured, model), hashlib.sha256(model.read_bytes()).hexdigest()
+    kept, sha256 = kept_of(measured, model), checkpoint.sha256_of(model)
     if kept is None or kept.pop("sha256", sha256) != sha256:
         call(["export.py", "--checkpoint", str(model), "--out", str(exported), "--no-compare"])
         test = json.loads(call(["test.py", "--checkpoint", str(exported), "--data", data, "--json"]))

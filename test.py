@@ -146,7 +146,8 @@ def main(argv):
             draw_confusion(picture, result)
     if of_run and not arguments.limit:
         with checkpoint.noted():
-            checkpoint.merge_json(path.parent / "report.json", {"test": result})
+            measured = {**result, "sha256": checkpoint.sha256_of(path)}
+            checkpoint.merge_json(path.parent / "report.json", {"test": measured})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ A file is one dictionary of plain types and tensors. `packing.compact` packs a n
 for shipping: half precision, zeros as one bit each, the whole compressed.
 """
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -261,6 +262,11 @@ def read_json(path):
     if not isinstance(held, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(held).__name__}, not a JSON object")
     return held
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, as text: what was measured on it holds for a file of the same."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def merge_json(path, values):

@@ -4,6 +4,7 @@ Each function returns plain values that have the form which study.py and report.
 count on; ValueError names the file and the first thing that is of another form.
 """
 import math
+import sys
 from pathlib import Path
 
 from engine import checkpoint
@@ -38,7 +39,8 @@ def read_config(folder):
     check(path, config["architecture"], "name", str)
     if "groups" in config["architecture"]:
         check(path, config["architecture"], "groups", int)
-        config["architecture"].setdefault("shuffle", False)
+        if not isinstance(config["architecture"].get("shuffle"), bool):
+            raise ValueError(f"{path} is damaged: 'shuffle' must be true or false")
     return config
 
 
@@ -61,7 +63,7 @@ def read_history(folder, columns=EPOCH):
         unusable = ~numbers.map(math.isfinite) & ~(history[name].isna() & (name in shown))
         if unusable.any():
             found = history[name][unusable].iloc[0]
-            raise ValueError(f"{path} is damaged: {name} holds {found!r}, not a number")
+            raise ValueError(f"{path} is damaged: {name} holds {str(found)!r}, not a number")
         history[name] = numbers
     return history
 
@@ -70,7 +72,12 @@ def read_report(folder):
     """The report.json of a run: test and profile, what test.py and profil.py put there, or {}."""
     path = Path(folder) / "report.json"
     report = {"test": {}, "profile": {}} | (checkpoint.read_json(path) if path.exists() else {})
-    test, profile = (check(path, report, name, dict) for name in ("test", "profile"))
+    for name in ("test", "profile"):
+        if stale(path, check(path, report, name, dict)):
+            print(f"note: {path} has the {name} of a network that {report[name]['checkpoint']} does not hold any more; "
+                  "it is left out until that is measured again", file=sys.stderr, flush=True)
+            report[name] = {}
+    test, profile = report["test"], report["profile"]
     check(path, test, "accuracy", float, optional=True)
     check(path, check(path, test, "bytes", dict, optional=True) or {}, "compressed", float, optional=True)
     for name in PROFILE:
@@ -82,6 +89,13 @@ def read_report(folder):
             raise ValueError(f"{path} is damaged: {layer['zero_weights']} of {layer['weights']} weights of "
                              f"{layer['name']} are zero")
     return report
+
+
+def stale(path, measured):
+    """Whether the file that something was measured on, beside `path`, has changed since; one not there has not."""
+    named, sha256 = (check(path, measured, name, str, optional=True) for name in ("checkpoint", "sha256"))
+    file = path.with_name(Path(named or "none").name or "none")
+    return bool(named and sha256) and file.is_file() and checkpoint.sha256_of(file) != sha256
 
 
 def check(path, held, name, form, optional=False):

@@ -81,17 +81,23 @@ def pages_of(root="."):
 
 
 def write_pages(root="."):
-    """Fill the tables of all pages; one that is up to date is not written. Returns those that were."""
-    changed = []
+    """Fill the tables of all pages; one that is up to date is not written. Returns those that were.
+
+    ValueError, once the others are written, that names each page which cannot be filled.
+    """
+    changed, problems = [], []
     for page in pages_of(root):
         before = page.read_text(encoding="utf-8")
         try:
             after = fill(before, root)
         except (ValueError, OSError) as problem:
-            raise ValueError(f"{page}: {problem}") from None
+            problems.append(f"{page}: {problem}")
+            continue
         if after != before:
             checkpoint.write(page, after.encode())
             changed.append(page)
+    if problems:
+        raise ValueError("; ".join(problems))
     return changed
 
 

@@ -145,3 +145,109 @@ def test_times_are_written_and_drawn(reported, tmp_path):
     report.main([*map(str, reported), "--out", str(tmp_path), "--level", "0"])
     assert pd.read_csv(tmp_path / "time.csv")["epochs_to_level"].tolist() == [1, 1]
     assert (tmp_path / "accuracy_time.png").read_bytes().startswith(b"\x89PNG")
+
+
+def edit(folder, history=None, **settings):
+    """The run in a folder with other settings, or with a history that a function makes of its own."""
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    if history is not None:
+        history(pd.read_csv(folder / "history.csv")).to_csv(folder / "history.csv", index=False)
+    return folder
+
+
+def test_a_run_and_its_copy_count_once(reported, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(reported[0], "runs/a")
+    other = shutil.copytree(reported[1], "runs/b")
+    (tmp_path / "link").symlink_to(run)
+    report.main([run, other, run, "--out", "results"])
+    once = pd.read_csv("results/table.csv")
+    assert once["n"].tolist() == [2]
+    for named in ([run, run, other], [run, other, "runs/../runs/b"], [run, "link", other],
+                  [run, other, "results/a", "results/b"], report.find_runs()):
+        capsys.readouterr()
+        runs = report.distinct([report.read_run(folder) for folder in named])
+        assert [str(each["folder"]) for each in runs] == [run, other]
+        assert capsys.readouterr().err.count("hold one run; it counts once") == len(named) - 2
+
+
+def test_two_runs_of_one_name_are_refused_and_no_copy_is_overwritten(reported, tmp_path):
+    one = shutil.copytree(reported[0], tmp_path / "x" / "same")
+    other = edit(shutil.copytree(reported[0], tmp_path / "y" / "same"), lr=0.01)
+    with pytest.raises(ValueError, match="x/same and .*y/same are different runs of one name"):
+        report.main([str(one), str(other), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    report.main([str(one), "--out", str(tmp_path / "out")])
+    before = (tmp_path / "out/same/config.json").read_bytes()
+    with pytest.raises(ValueError, match="out/same holds a copy of another run than .*y/same"):
+        report.main([str(other), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/same/config.json").read_bytes() == before
+
+
+def test_a_run_that_went_on_is_kept_in_its_later_state(reported, tmp_path):
+    run = shutil.copytree(reported[0], tmp_path / "runs" / "a")
+    report.main([str(run), "--out", str(tmp_path / "out")])
+    edit(run, lambda history: pd.concat([history, history.tail(1)]), epochs=[1, 1, 2])
+    report.main([str(tmp_path / "out" / "a"), str(run), "--out", str(tmp_path / "out")])
+    assert pd.read_csv(tmp_path / "out/table.csv")["epochs"].tolist() == ["1+1+2"]
+    assert (tmp_path / "out/a/history.csv").read_bytes() == (run / "history.csv").read_bytes()
+
+
+def test_runs_in_a_read_only_folder_are_reported(reported, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(reported[0], tmp_path / "run", ignore=shutil.ignore_patterns("*.png"))
+    for name in ("curves.png", "layers.png"):
+        (run / f"{name}.partial").mkdir()                    # nothing can be written there
+    report.main([str(run), "--out", str(tmp_path / "out")])
+    captured = capsys.readouterr()
+    assert "| run | digits |" in captured.out and captured.err.count("note: ") == 2
+    for name in ("curves.png", "layers.png"):
+        assert (tmp_path / "out" / "run" / name).read_bytes().startswith(b"\x89PNG") and not (run / name).exists()
+
+
+def test_the_table_is_printed_where_the_disk_is_full(reported, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("accuracy_size.png", "accuracy_time.png"):
+        (out / f"{name}.partial").symlink_to("/dev/full")
+    report.main([str(reported[0]), "--out", str(out)])
+    captured = capsys.readouterr()
+    assert "| seed0 |" in captured.out and captured.err.count("No space left on device") == 2
+    assert not list(out.glob("accuracy_[st]*")) and (out / "table.md").exists()
+    (out / "table.md.partial").symlink_to("/dev/full")
+    before = (out / "table.md").read_text()
+    with pytest.raises(RuntimeError, match="the previous table.md is intact"):
+        report.main([str(reported[1]), "--out", str(out)])
+    assert "| seed1 |" in capsys.readouterr().out and (out / "table.md").read_text() == before
+
+
+def test_operations_are_shown_and_drawn_where_they_were_counted(reported, tmp_path, monkeypatch):
+    counted = edit(shutil.copytree(reported[0], tmp_path / "counted"), lambda history: history.assign(
+        pflop=[0.5 * (1 + place) for place in range(len(history))]), lr=0.01)
+    plain = edit(shutil.copytree(reported[1], tmp_path / "plain"),
+                 lambda history: history.drop(columns="pflop", errors="ignore"))
+    drawn = []
+    monkeypatch.setattr(report.plt, "close", drawn.append)
+    report.main([str(counted), str(plain), "--out", str(tmp_path / "out")])
+    assert pd.read_csv(tmp_path / "out/table.csv")["pflop"].fillna(-1).tolist() == [1.5, -1]
+    header, _, one, other = (tmp_path / "out/table.md").read_text().splitlines()
+    place = header.split(" | ").index("PFLOP")
+    assert [line.split(" | ")[place] for line in (one, other)] == ["1.5", "-"]
+    assert (tmp_path / "out/accuracy_operations.png").read_bytes().startswith(b"\x89PNG")
+    axes = drawn[-1].axes[0]
+    (line,) = axes.lines
+    assert line.get_label() == "counted" and line.get_xdata().tolist() == [0.5, 1.0, 1.5]
+    assert axes.get_xscale() == "log" and line.get_ydata().tolist() == pd.read_csv(
+        counted / "history.csv")["validation_accuracy"].tolist()
+
+
+def test_numbers_of_a_network_that_is_there_no_more_are_left_out(reported, tmp_path, capsys):
+    run = shutil.copytree(reported[0], tmp_path / "run")
+    assert report.read_run(run)["test_accuracy"] == 90 and report.read_run(run)["nonzero"] > 0
+    (run / "model.pt").write_bytes(b"of a later epoch")
+    found = report.read_run(run)
+    assert found["test_accuracy"] is None and found["nonzero"] is None and found["layers"] is None
+    assert capsys.readouterr().err.count("does not hold any more") == 2
+    (run / "model.pt").unlink()                              # as in results/
+    assert report.read_run(run)["test_accuracy"] == 90

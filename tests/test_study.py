@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -145,6 +146,93 @@ def row(arm, against, seed, **numbers):
     names = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes",
              "score_course", "minutes", "images_per_second", "test_seconds", "epochs_faster"]
     return {"group": "g", "arm": arm, "against": against, "seed": seed, **dict.fromkeys(names, 1.0), **numbers}
+
+
+LENET = "train.py --mixing none --model lenet5"
+
+
+def test_one_bad_arm_ends_no_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "call", call_here)
+    path = study_file(tmp_path, seeds=[0], arms=[
+        {"group": "g", "name": "diverges", "run": f"{LENET} --lr 1e12"},
+        {"group": "g", "name": "on from it", "run": f"{LENET} --start runs/small-diverges-s0/model.pt"},
+        {"group": "g", "name": "keeps nothing", "run": LENET, "keep": {"cycle.png": "c.png", "history.csv": "h.csv"}},
+        {"group": "g", "name": "good", "run": LENET}])
+    with pytest.raises(RuntimeError, match="3 of 4 runs failed, results/small/table.md marks them; the first is diver"):
+        study.main([str(path)])
+    runs = pd.read_csv("results/small/runs.csv").set_index("arm")
+    assert runs["validation_accuracy"].notna().to_dict() == {"diverges": False, "on from it": False,
+                                                             "keeps nothing": True, "good": True}
+    assert "finite" in runs["failed"]["diverges"]
+    assert "runs/small-diverges-s0/model.pt" in runs["failed"]["on from it"]
+    assert runs["failed"]["keeps nothing"] == "runs/small-keeps-nothing-s0 has no cycle.png to keep"
+    assert Path("results/small/h.csv").read_bytes() == Path("runs/small-keeps-nothing-s0/history.csv").read_bytes()
+    table = pd.read_csv("results/small/table.csv").set_index("arm")
+    assert table["n"].to_dict() == {"diverges": 0, "on from it": 0, "keeps nothing": 1, "good": 1}
+    text = Path("results/small/table.md").read_text()
+    assert "| g | diverges (failed) | 0 | - | - | - |" in text and "| g | good | 1 |" in text
+    assert "\nFailed: keeps nothing, seed 0: runs/small-keeps-nothing-s0 has no cycle.png to keep.\n" in text
+    assert Path("results/small/accuracy.png").read_bytes().startswith(b"\x89PNG")
+    captured = capsys.readouterr()
+    assert captured.err.count("note: ") == 3 and text in captured.out
+
+
+def test_a_study_of_which_nothing_succeeds_still_has_its_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "call", call_here)
+    with pytest.raises(RuntimeError, match="1 of 1 runs failed"):
+        study.main([str(study_file(tmp_path, seeds=[0], arms=[
+            {"group": "g", "name": "diverges", "run": f"{LENET} --lr 1e12"}]))])
+    assert "| g | diverges (failed) | 0 |" in Path("results/small/table.md").read_text()
+
+
+def test_what_was_measured_holds_for_the_model_it_was_measured_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def call(command, show=False):
+        calls.append(command[0])
+        return call_here(command, show)
+    monkeypatch.setattr(study, "call", call)
+    path = study_file(tmp_path, seeds=[0], arms=[{"group": "g", "name": "a", "run": LENET}])
+    study.main([str(path)])
+    folder = Path("runs/small-a-s0")
+    measured, first = folder / "exported.json", pd.read_csv("results/small/runs.csv")
+    calls.clear()
+    study.main([str(path)])
+    assert calls == [] and pd.read_csv("results/small/runs.csv").equals(first)
+    state = checkpoint.read(folder / "model.pt")
+    state["weights"]["conv1.weight"][0] = 0                  # 75 weights of the first filter
+    checkpoint.save(folder / "model.pt", state)
+    os.utime(folder / "model.pt", (1, 1))                    # content counts, not the clock
+    study.main([str(path)])
+    assert calls == ["export.py", "test.py", "profil.py"]
+    assert (first["nonzero"] - pd.read_csv("results/small/runs.csv")["nonzero"]).item() == 75
+    old = json.loads(measured.read_text())
+    del old["sha256"]                                        # as an older version wrote it
+    measured.write_text(json.dumps(old))
+    for moment, expected in ((1, []), (2**33, ["export.py", "test.py", "profil.py"])):
+        os.utime(folder / "model.pt", (moment, moment))
+        calls.clear()
+        study.main([str(path)])
+        assert calls == expected
+
+
+def test_operations_are_those_of_the_whole_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "call", call_here)
+    path = study_file(tmp_path, seeds=[0], arms=[{"group": "g", "name": name, "run": LENET} for name in "ab"])
+    study.main([str(path)])
+    history = pd.read_csv("runs/small-a-s0/history.csv")
+    pd.concat([history, history]).assign(pflop=[0.125, 0.25]).to_csv("runs/small-a-s0/history.csv", index=False)
+    history.drop(columns="pflop", errors="ignore").to_csv("runs/small-b-s0/history.csv", index=False)
+    study.main([str(path)])
+    assert pd.read_csv("results/small/runs.csv")["pflop"].fillna(-1).tolist() == [0.25, -1]
+    assert pd.read_csv("results/small/table.csv")["pflop"].fillna(-1).tolist() == [0.25, -1]
+    header, _, one, other = Path("results/small/table.md").read_text().splitlines()
+    place = header.split(" | ").index("PFLOP")
+    assert [line.split(" | ")[place] for line in (one, other)] == ["0.25", "-"]
 
 
 def test_an_arm_is_compared_with_the_one_it_names():
