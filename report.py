@@ -323,6 +323,9 @@ def keep(run, out):
     for name in ("history.csv", "report.json", "confusion.png"):
         if (run["folder"] / name).exists():
             checkpoint.write(target / name, (run["folder"] / name).read_bytes())
+    outdated = run_files.outdated(run["folder"])
+    if outdated:                          # beside the copy there is no network by which that would show
+        checkpoint.merge_json(target / "report.json", dict.fromkeys(outdated, {}))
 
 
 def find_runs():

@@ -77,11 +77,13 @@ def measure_arm(folder, data):
 def kept_of(measured, model):
     """What was kept of measuring a run, or None where there is nothing, or nothing that holds.
 
-    A file of an older version names no model.pt; it holds unless model.pt is newer.
+    A file of an older version names no model.pt; it holds unless model.pt is newer. ValueError for a damaged one.
     """
     if not measured.exists():
         return None
     kept = checkpoint.read_json(measured)
+    for name in ("test_accuracy", "bytes", "test_seconds", *MEASURED):
+        run_files.check(measured, kept, name, float, optional=True)
     old = "sha256" not in kept and model.stat().st_mtime_ns > measured.stat().st_mtime_ns
     return None if old or not {"test_accuracy", "bytes", *MEASURED} <= kept.keys() else kept
 
@@ -127,9 +129,13 @@ def row_of_result(history, path):
 
 
 def parameters_of(architecture):
-    """How many the network had before anything left it."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in networks.build(**architecture).parameters())
+    """How many the network had before anything left it; ValueError for an architecture that cannot be built."""
+    try:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in networks.build(**architecture).parameters())
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
+        raise ValueError("config.json is damaged, the architecture that it names cannot be built "
+                         f"({str(architecture)[:200]}): {problem}") from None
 
 
 def table_of(runs):

@@ -52,6 +52,8 @@ def read_history(folder, columns=EPOCH):
         history = pd.read_csv(path)
     except ValueError as problem:         # pandas' own errors are of that type
         raise ValueError(f"{path} is damaged, it is no table: {problem}") from None
+    if not isinstance(history.index, pd.RangeIndex):         # pandas would shift the values to other columns
+        raise ValueError(f"{path} is damaged: a row has more values than there are columns")
     absent = [name for name in columns if name not in history]
     if absent:
         raise ValueError(f"{path} is damaged: it has no column {absent[0]!r}")
@@ -72,11 +74,10 @@ def read_report(folder):
     """The report.json of a run: test and profile, what test.py and profil.py put there, or {}."""
     path = Path(folder) / "report.json"
     report = {"test": {}, "profile": {}} | (checkpoint.read_json(path) if path.exists() else {})
-    for name in ("test", "profile"):
-        if stale(path, check(path, report, name, dict)):
-            print(f"note: {path} has the {name} of a network that {report[name]['checkpoint']} does not hold any more; "
-                  "it is left out until that is measured again", file=sys.stderr, flush=True)
-            report[name] = {}
+    for name in outdated(folder):
+        print(f"note: {path} has the {name} of a network that {report[name]['checkpoint']} does not hold any more; "
+              "it is left out until that is measured again", file=sys.stderr, flush=True)
+        report[name] = {}
     test, profile = report["test"], report["profile"]
     check(path, test, "accuracy", float, optional=True)
     check(path, check(path, test, "bytes", dict, optional=True) or {}, "compressed", float, optional=True)
@@ -89,6 +90,13 @@ def read_report(folder):
             raise ValueError(f"{path} is damaged: {layer['zero_weights']} of {layer['weights']} weights of "
                              f"{layer['name']} are zero")
     return report
+
+
+def outdated(folder):
+    """The parts of a run's report.json, of test and profile, that were measured on a file which has changed since."""
+    path = Path(folder) / "report.json"
+    report = {"test": {}, "profile": {}} | (checkpoint.read_json(path) if path.exists() else {})
+    return [name for name in ("test", "profile") if stale(path, check(path, report, name, dict))]
 
 
 def stale(path, measured):

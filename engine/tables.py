@@ -52,6 +52,9 @@ def table_of(path, columns=None):
     rows = {place: cells_of(line) for place, line in enumerate(lines) if line.startswith("|")}
     chosen = places_of(path, next(iter(rows.values()), []), columns)
     for place, cells in rows.items():
+        if len(cells) <= max(chosen):
+            raise ValueError(f"{path} has a row of {len(cells)} cells below {len(next(iter(rows.values())))} titles: "
+                             f"{lines[place][:60]}")
         lines[place] = "".join(f"|{cells[column]}" for column in chosen) + "|"
     return "\n".join(lines)
 

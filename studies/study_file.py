@@ -18,6 +18,8 @@ from engine import checkpoint, commandline, run_files
 from engine.settings import names_of
 
 PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
+KNOWN = {"a study": {*PARTS, "title", "factors", "run"},
+         "an arm": {"group", "name", "run", "keep", "against"}}
 SCRIPTS = {"train.py": train, "train_pruning.py": train_pruning}
 OWN = {"seed", "out", "data", "resume", "force", "dry_run"}          # what the study itself says of a run
 NOT_COMPARED = {*names_of(train.SETTINGS, "free"), "lines", "script"}
@@ -34,6 +36,7 @@ def read_study(path):
         raise ValueError(f"{path} is no JSON: {problem}") from None
     if not isinstance(study, dict):
         raise ValueError(f"{path} holds {str(study)[:40]!r}; a study is an object with {', '.join(PARTS)}")
+    check_known(path, "a study", study)
     if "factors" in study:
         study["arms"] = combine(path, study)
     for name, form in PARTS.items():
@@ -44,10 +47,20 @@ def read_study(path):
     check_seeds(study["seeds"], f"{path}: 'seeds'")
     for place, arm in enumerate(study["arms"]):
         check_arm(path, place, arm)
+        if "factors" not in study:        # they make arms that know their factors
+            check_known(path, "an arm", arm)
     check_names(path, study["arms"])
     for arm in study["arms"]:
         check_flags(path, study, arm)
     return study
+
+
+def check_known(path, kind, held):
+    """ValueError for a part that no study or arm has: what is misspelt would be left out without a word."""
+    unknown = [name for name in held if name not in KNOWN[kind]]
+    if unknown:
+        raise ValueError(f"{path}: {unknown[0][:40]!a} is no part of {kind}; there are "
+                         f"{', '.join(sorted(KNOWN[kind]))}")
 
 
 def check_seeds(seeds, where):
@@ -63,6 +76,9 @@ def check_arm(path, place, arm):
     """ValueError unless an arm has its parts."""
     if not isinstance(arm, dict) or not all(isinstance(arm.get(part), str) for part in ("group", "name", "run")):
         raise ValueError(f"{path}: arm {place} must have a group, a name and a run, all text")
+    for part in ("group", "name"):
+        if not arm[part].isprintable():           # a table has one line an arm, and is UTF-8
+            raise ValueError(f"{path}: arm {place} has the {part} {arm[part][:40]!a}; it must be one line of text")
     if not any(letter.isalnum() for letter in arm["name"]):
         raise ValueError(f"{path}: arm {place} is called {arm['name']!r}; a name needs a letter or a digit")
     if arm["run"].split()[:1] not in [[script] for script in SCRIPTS]:
@@ -82,7 +98,8 @@ def check_names(path, arms):
     if twice:
         raise ValueError(f"{path}: two arms are called {twice[0]!r}")
     for arm in arms:
-        other = folders.setdefault(folder_of("", arm, 0), arm["name"])
+        # not every file system tells capitals from small letters
+        other = folders.setdefault(str(folder_of("", arm, 0)).casefold(), arm["name"])
         if other != arm["name"]:
             raise ValueError(f"{path}: arms {other!r} and {arm['name']!r} would share a folder, since only letters and "
                              "digits of a name are in it; rename one")

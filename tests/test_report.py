@@ -251,3 +251,13 @@ def test_numbers_of_a_network_that_is_there_no_more_are_left_out(reported, tmp_p
     assert capsys.readouterr().err.count("does not hold any more") == 2
     (run / "model.pt").unlink()                              # as in results/
     assert report.read_run(run)["test_accuracy"] == 90
+
+
+def test_a_copy_does_not_bring_numbers_of_another_network_back(reported, tmp_path):
+    run, out = shutil.copytree(reported[0], tmp_path / "run"), tmp_path / "out"
+    report.main([str(run), "--out", str(out)])
+    assert (out / "run" / "report.json").read_bytes() == (run / "report.json").read_bytes()
+    (run / "model.pt").write_bytes(b"of a later epoch")
+    report.main([str(run), "--out", str(out)])
+    found = report.read_run(out / "run")                     # no model.pt is there to compare with
+    assert found["test_accuracy"] is None and found["nonzero"] is None and found["layers"] is None

@@ -141,6 +141,24 @@ def test_arms_alone_are_trained_and_others_that_are_finished_stay_in_the_table(t
     assert len(list(Path("runs").iterdir())) == 2
 
 
+@pytest.mark.parametrize("content, message", [
+    ([], "it holds a list"), ({"test_accuracy": "90"}, "'test_accuracy' must be a number, not '90'"),
+    ({"bytes": [3]}, "'bytes' must be a number"), ({"macs": True}, "'macs' must be a number")])
+def test_kept_measurements_of_another_shape_are_named(content, message, tmp_path):
+    (tmp_path / "model.pt").touch()
+    (tmp_path / "exported.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"exported.json is damaged: .*{message}"):
+        study.kept_of(tmp_path / "exported.json", tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("changes", [{"depth": 3}, {"num_classes": "10"}, {"num_classes": -1}, {"name": "resnet21"}])
+def test_an_architecture_that_cannot_be_built_is_one_line(changes):
+    architecture = {"name": "resnet20", "num_classes": 10, "in_channels": 3}
+    assert study.parameters_of(architecture) > 200_000
+    with pytest.raises(ValueError, match="config.json is damaged, .*cannot be built"):
+        study.parameters_of({**architecture, **changes})
+
+
 def row(arm, against, seed, **numbers):
     """A row of runs.csv, of an arm that nothing was measured of but what is given."""
     names = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "sparsity", "macs", "bytes",

@@ -57,6 +57,7 @@ HEADER = ",".join(ROW)
     (HEADER + "\n" + ",".join(["nan"] * len(ROW)) + "\n", "round holds 'nan', not a number"),
     (HEADER + "\n" + "1," * (len(ROW) - 1) + "x\n", "sparsity holds 'x', not a number"),
     (HEADER + "\n1\n" + "1," * 40 + "\n", "it is no table"),
+    (HEADER + "\n" + "1," * len(ROW) + "1\n", "a row has more values than there are columns"),
     (HEADER + ",pflop\n" + "1," * len(ROW) + "y\n", "pflop holds 'y', not a number")])
 def test_a_history_of_another_shape_is_named(history, message, tmp_path):
     with pytest.raises(ValueError, match=f"run/history.csv .*{message}"):

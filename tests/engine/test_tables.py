@@ -45,12 +45,14 @@ def test_the_command_fills_all_pages_and_nothing_else(root, capsys):
     ("<!-- table results/y/table.md -->\n<!-- end -->", "there is no table at results/y/table.md"),
     ("<!-- table results/x/table.md: speed -->\n<!-- end -->", "table.md has no column 'speed'; there are arm; n; te"),
     ("<!-- table results/x/table.md: arm, , n -->\n<!-- end -->", "has no column ', n'"),
+    ("<!-- table results/x/short.md: n -->\n<!-- end -->", "short.md has a row of 1 cells below 2 titles: | a |"),
     ("<!-- table results/x/table.md -->\n", "1 tables are marked and 0 can be filled"),
     ("<!-- table -->\n<!-- end -->", "1 tables are marked and 0"),
     ("<!-- table a b -->\n<!-- end -->", "1 tables are marked and 0"),
     ("<!-- table results/x/table.md -->\n\n<!-- table results/x/table.md -->\n<!-- end -->", "has no <!-- end --> be")])
 def test_a_marker_that_cannot_be_filled_is_named_with_its_page(root, page, message):
     (root / "README.md").write_text(page)
+    (root / "results" / "x" / "short.md").write_text("| arm | n |\n|---|---|\n| a |\n")
     with pytest.raises(ValueError, match=f"README.md: .*{message}"):
         report.main(["--pages"])
     assert (root / "README.md").read_text() == page

@@ -36,6 +36,11 @@ def named(*names):
 
 @pytest.mark.parametrize("changes, message", [
     (named("--"), "called '--'; a name needs a letter or a digit"),
+    (named("a", "A"), "arms 'a' and 'A' would share a folder"),
+    (named("a\nb"), "'a\\\\nb'; it must be one line of text"),
+    ({"arms": [{**ARM, "group": "\ud800"}]}, "it must be one line of text"),
+    ({"sedes": [1]}, "'sedes' is no part of a study"), ({"arms": [{**ARM, "kept": {}}]}, "'kept' is no part of an arm"),
+    ({"arms": [{**ARM, "factors": 3}]}, "'factors' is no part of an arm"),
     ({"seeds": [0, True]}, "'seeds' holds 'True'"), ({"seeds": [0.5]}, "holds '0.5'"), ({"seeds": [-1]}, "'-1'"),
     ({"seeds": ["a"]}, "holds 'a'"),
     ({"title": 3}, "'title' must be text"),
