@@ -18,6 +18,7 @@ import profil
 import test as half_test
 from benchmarks import deployment, inference
 from engine import checkpoint
+from engine.settings import defaults_of
 
 FILTERS = {"conv1": torch.rand(6), "conv2": torch.rand(5)}
 STEPS = [{"step": step, "parameters": 10 - step, "loss": 1.0, "seconds": 1.0} for step in range(3)]
@@ -26,7 +27,7 @@ ROWS = [{"network": "LeNet-5", "way": "eager", "batch": 1, "images_per_second": 
          "milliseconds": {"median": 200.0}}]
 FORM = [{"network": "a", "form": "PyTorch", "accuracy": 50.0, "bytes": 9, "milliseconds": {"median": 1.0}}]
 PICTURES = {"test": lambda path: half_test.draw_confusion(path, RESULT),
-            "norms": lambda path: filter_pruning.draw_norms(path, FILTERS, filter_pruning.SETTINGS),
+            "norms": lambda path: filter_pruning.draw_norms(path, FILTERS, defaults_of(filter_pruning.CYCLE)),
             "cycle": lambda path: filter_pruning.draw_cycle(path, STEPS),
             "widths": lambda path: morphnet.draw_widths(path, {"a": 4}, {"a": 2}),
             "inference": lambda path: inference.draw_inference(path, ROWS),
