@@ -223,7 +223,7 @@ def make_batches(data, kind, settings, device, generator):
                                              limit=settings["limit"])
         return shuffled, plain, calibration
     return (cifar10.Batches(data.x_train, data.y_train, settings["batch_size"], kind, device, generator,
-                            settings["pad"], train, settings["flips"] == "alternating"),
+                            settings["pad"], train, {"alternating": True, "random": False}[settings["flips"]]),
             cifar10.Batches(data.x_train, data.y_train, 500, kind, device, chosen=validation), calibration)
 
 
@@ -299,7 +299,7 @@ def begin_round(run):
     height, width, channels = run.kind.shape
     run.search = start_search(settings, run.round, run.model, (channels, height, width))
     after_step(run.model, settings["weights"], settings["binary_scale"])      # binary training starts within [-H, H]
-    run.average = copy.deepcopy(run.model).eval() if settings["averaging"] == "ema" else None
+    run.average = {"ema": lambda: copy.deepcopy(run.model).eval(), "none": lambda: None}[settings["averaging"]]()
     look_up(run)
     run.finite_steps = torch.zeros((), dtype=torch.int64, device=run.device) if run.device.type == "cuda" else None
 

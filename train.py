@@ -28,8 +28,7 @@ from set_pruning_train import GRADUAL, prune_on_schedule, ranks_at, reduce_filte
 from set_quantization_train import after_step, evaluation_weights, step_weights
 from set_resizing_train import resized, side_of
 
-if __name__ == "__main__":      # a slip in a line below is one error line too, before Python runs it
-    commandline.command(lambda argv: commandline.technique_lines(__file__))
+commandline.check_lines(__file__)      # a slip in a line below is one error line too, before Python runs it
 
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385

@@ -18,8 +18,7 @@ from experiment import finish, lay_out, resumable, start
 from set_pruning_train import hint_of
 from train import RECIPES, fit, recalibrate
 
-if __name__ == "__main__":      # a slip in a line below is one error line too, before Python runs it
-    commandline.command(lambda argv: commandline.technique_lines(__file__))
+commandline.check_lines(__file__)      # a slip in a line below is one error line too, before Python runs it
 
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385

@@ -63,6 +63,17 @@ def read_lines(path, table):
     return {group.lower(): found[0][1] for group, found in active.items()}, choices
 
 
+def check_lines(script):
+    """Exit with one error line where the technique lines of `script` cannot be read.
+
+    A script calls it above its lines, before Python runs them; so does every script that imports it.
+    """
+    with streams.guarded():
+        code = code_of(lambda argv: technique_lines(script))
+    if code:
+        sys.exit(code)
+
+
 def technique_lines(path):
     """[(line number, group, value, whether it is active)] of the block, in order; ValueError for another statement."""
     name = Path(path).name
@@ -175,15 +186,22 @@ def command(main):
 
     The one place that decides what becomes of an exception of any type: one line
     on stderr; with --debug its traceback comes first. The first Ctrl-C is the last one
-    heard, so that a second cannot spoil the way out. Where standard output is closed
-    or full the work goes on, its files are whole, and the exit code is 1 for a full one.
+    heard, so that a second cannot spoil the way out. Where a standard stream is closed
+    or full the work goes on, its files are whole, and the exit code is 1 for a full one,
+    which the other stream names.
     """
     def interrupt(number, frame):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
     signal.signal(signal.SIGINT, interrupt)
-    with streams.guarded() as (output, _):
+    with streams.guarded() as (output, errors):
         code = code_of(main)
+        errors.flush()
+        if errors.problem is not None and not isinstance(errors.problem, BrokenPipeError):
+            code = code or 1
+            if "--json" not in sys.argv:          # whose output stays JSON
+                print(f"note: standard error could not be written ({errors.problem}): what was to be told there is "
+                      "lost, files are whole")
         output.flush()
         if output.problem is not None and not isinstance(output.problem, BrokenPipeError):
             code = code or report(f"standard output could not be written ({output.problem}): what was printed from "

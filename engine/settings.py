@@ -1,6 +1,6 @@
 """Settings, each declared once, in a table of the file that uses it.
 
-    SETTINGS = {"resize_until": Setting(0.5, "share of a round after which images are whole", low=0, high=1)}
+    SETTINGS = {"strength": Setting(0.1, "of the penalty", low=0, below=1)}      # --strength, 0.1 where not given
 
 A table is {name: Setting}. Flags, defaults, checks, what a resumed run may change and
 what report.py tells of a run are read from the tables, which a script joins; nothing

@@ -196,3 +196,25 @@ def test_a_slip_in_a_line_is_one_error_from_the_shell(script, old, new, told, tm
     code, line = run_script(tmp_path / script, *SMALL, "--out", tmp_path / "run", PYTHONPATH=str(ROOT))
     assert code == 2 and all(part in line for part in [script, *told]), line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["train_pruning.py", "test.py", "profil.py"])
+def test_a_slip_in_lines_that_another_script_imports_is_one_error_too(script, tmp_path):
+    text = (ROOT / "train.py").read_text()
+    assert '\nMIXING = "cutmix"' in text
+    (tmp_path / "train.py").write_text(text.replace('\nMIXING = "cutmix"', "\nMIXING = cutmx", 1))
+    (tmp_path / script).write_text((ROOT / script).read_text())
+    code, line = run_script(tmp_path / script, "--help", PYTHONPATH=str(ROOT))
+    assert code == 2 and "train.py, line " in line and "MIXING = cutmx" in line, line
+
+
+@pytest.mark.parametrize("name, word", [("averaging", "EMA"), ("flips", "alternate"), ("schedule", "onecycle"),
+                                        ("optimizer", "Muon")])
+def test_a_run_with_another_word_does_not_begin(name, word, tmp_path):
+    """Also where nothing has checked its settings: it must not be trained without the technique."""
+    run = experiment.start(str(ROOT / "train.py"), "", train.SETTINGS, train.RECIPES,
+                           [*SMALL, "--model", "lenet5", "--out", str(tmp_path / "run")])
+    other = {**run.settings, "out": str(tmp_path / "other")}
+    experiment.begin_round(experiment.prepare(other, None))
+    with pytest.raises(KeyError, match=word):
+        experiment.begin_round(experiment.prepare({**other, name: word}, None))

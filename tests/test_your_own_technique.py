@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from sample_runs import ROOT, run_script
+from sample_runs import ROOT
 
 PAGE = (ROOT / "docs/your-own-technique.md").read_text()
 TINY = ["--dataset", "digits", "--limit", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu", "--compile",
@@ -54,40 +54,52 @@ def project(tmp_path_factory):
     return folder
 
 
-def run_of(project, out, script, *flags):
-    """(what the script printed, settings, history) of a run in the copy."""
-    done = subprocess.run([sys.executable, script, *TINY, "--out", str(out), *flags], cwd=project, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def call(project, calls):
+    """[error or None] of mains called one after the other, [script, words] each, in one process in the copy."""
+    program = f"""
+import importlib, json
+found = []
+for script, words in {calls!r}:
+    try:
+        found.append(importlib.import_module(script).main(words))
+    except ValueError as problem:
+        found.append(str(problem))
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=project, text=True, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    return (done.stdout, json.loads((out / "config.json").read_text())["settings"],
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_of(out):
+    """(settings, rows of history.csv) of a run."""
+    return (json.loads((out / "config.json").read_text())["settings"],
             list(csv.DictReader((out / "history.csv").read_text().splitlines())))
 
 
 def test_a_mixing_is_one_file_and_one_line(project, tmp_path):
-    _, plain, before = run_of(project, tmp_path / "none", "train.py", "--mixing", "none")
-    _, settings, rows = run_of(project, tmp_path / "run", "train.py", "--mixing", "stack", "--stack-least", "0.4",
-                               "--mix-probability", "1")
+    flags = {"none": ["--mixing", "none"], "own": ["--mixing", "stack", "--stack-least", "0.4"],
+             "far": ["--stack-least", "0.5"], "typed": ["--mixing", "stak"]}
+    *fine, far, typed = call(project, [["train", [*TINY, "--mix-probability", "1", *words, "--out",
+                                                  str(tmp_path / name)]] for name, words in flags.items()])
+    assert fine == [None, None] and far == "--stack-least 0.5: it must be at least 0 and below 0.5"
+    assert "'stak'" in typed and "stack" in typed
+    (plain, before), (settings, rows) = (run_of(tmp_path / name) for name in ("none", "own"))
     assert (settings["mixing"], settings["stack_least"], plain["stack_least"]) == ("stack", 0.4, 0.1)
     assert rows[0]["train_loss"] != before[0]["train_loss"]
-    code, line = run_script("train.py", *TINY, "--stack-least", "0.5", "--out", tmp_path / "bad", folder=project)
-    assert (code, line) == (2, "--stack-least 0.5: it must be at least 0 and below 0.5")
-    code, line = run_script("train.py", *TINY, "--mixing", "stak", "--out", tmp_path / "bad", folder=project)
-    assert code == 2 and "stak" in line and "stack" in line
 
 
 def test_both_lines_are_active_in_one_run_that_is_resumed(project, tmp_path):
     activate(project / "train_pruning.py", "MIXING", "stack")
     activate(project / "train_pruning.py", "SCORE", "filter")
-    printed, settings, rows = run_of(project, tmp_path / "run", "train_pruning.py", "--epochs", "1", "1", "--sparsity",
-                                     "0.7")
+    resume = ["--resume", "--out", str(tmp_path / "run")]
+    *fine, changed = call(project, [["train_pruning", words] for words in (
+        [*TINY, "--epochs", "1", "1", "--sparsity", "0.7", *resume[1:]], resume, [*resume, "--stack-least", "0.3"])])
+    assert fine == [None, None] and "stack_least: 0.1 then, 0.3 now" in changed
+    settings, rows = run_of(tmp_path / "run")
     assert (settings["mixing"], settings["score"]) == ("stack", "filter") and settings["lines"]["score"] == "filter"
     assert len(rows) == 2 and float(rows[1]["sparsity"]) == pytest.approx(0.7, abs=1e-3)
-    done = subprocess.run([sys.executable, "train_pruning.py", "--resume", "--out", str(tmp_path / "run")], text=True,
-                          cwd=project, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    code, line = run_script("train_pruning.py", "--resume", "--out", tmp_path / "run", "--stack-least", "0.3",
-                            folder=project)
-    assert code == 2 and "stack_least: 0.1 then, 0.3 now" in line
 
 
 def test_two_files_of_one_setting_are_refused(project, tmp_path):

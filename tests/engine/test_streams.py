@@ -48,6 +48,28 @@ def test_an_error_is_an_error_without_a_place_to_tell_it():
         assert shell("train.py", ["--lr", "-1"], redirect).returncode == 2
 
 
+def print_to_both(argv):
+    """A script that prints a result, and a note on standard error."""
+    print("result")
+    print("note: seen", file=sys.stderr)
+
+
+BOTH = ("-c", "import sys; sys.path[:0] = ['tests', 'tests/engine']; import test_streams as t; "
+              "t.commandline.command(t.print_to_both)")
+
+
+@pytest.mark.parametrize(("flags", "redirect", "code", "told"), [
+    ([], "2> /dev/full", 1, "result\nnote: standard error could not be written ([Errno 28] No space left on device): "
+                            "what was to be told there is lost, files are whole\n"),
+    (["--json"], "2> /dev/full", 1, "result\n"), ([], "2>&-", 0, "result\n"), ([], "> /dev/full 2>&1", 1, ""),
+])
+def test_a_full_standard_error_is_named_where_it_can_be(flags, redirect, code, told):
+    """A result in JSON stays one."""
+    script, *rest = BOTH
+    done = shell(script, [*rest, *flags], redirect)
+    assert (done.returncode, done.stdout, done.stderr) == (code, told, "")
+
+
 def test_a_reader_that_has_seen_enough_ends_nothing(tmp_path):
     done = shell("train.py", [*TINY, "--out", tmp_path / "run"], "| head -c 1")
     assert done.stderr == "" and len(done.stdout) == 1
