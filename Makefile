@@ -25,7 +25,7 @@ demo: $(READY)
 	$(RUN) report.py $(DEMO) --out $(DEMO)/report
 
 test: $(READY)
-	$(RUN) -m pytest -q -n auto --dist loadscope tests
+	$(RUN) -m pytest -q -n auto --dist worksteal tests
 
 train: $(READY)
 	$(RUN) train_pruning.py
