@@ -27,7 +27,7 @@ import filter_pruning
 import networks
 import pruning
 import quantization
-from engine import checkpoint, commandline, compiling, folders, parallel, run_files, schedules
+from engine import board, checkpoint, commandline, compiling, folders, parallel, run_files, schedules
 from engine.averages import average_pairs
 from engine.settings import alone, check, defaults_of, to_resume
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
@@ -76,6 +76,7 @@ class Run:
     form: str = None              # of its grouped convolutions, see `compiling.compute_as`
     layout: torch.memory_format = torch.contiguous_format     # of images and weights in memory
     teacher: torch.nn.Module = None
+    board: object = None          # TensorBoard's writer, from the first row that is written
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
     made: list = None             # folders made for it, until its first step; None: not to be given back
     kind: object = None           # `cifar10.Kind` of its images, as they were when they were loaded
@@ -135,6 +136,7 @@ def fresh_settings(script, table, lines, recipes, given):
 def check_settings(table, settings):
     """ValueError for the first setting that its table refuses, or that does not fit another one of its technique."""
     check(table, settings)
+    board.check(settings["tensorboard"])
     for module in TECHNIQUES.values():
         getattr(module, "check_settings", lambda settings: None)(settings)
 
@@ -352,7 +354,10 @@ def restore(run, state):
 
 
 def save(run):
-    """history.csv, then last.pt with the one before it kept as previous.pt; of several processes one writes."""
+    """history.csv, then last.pt with the one before it kept as previous.pt, then what TensorBoard reads.
+
+    Of several processes one writes.
+    """
     if not parallel.leads():
         return
     table = io.StringIO(newline="")
@@ -361,6 +366,9 @@ def save(run):
     writer.writerows(run.history)
     checkpoint.write(run.out / "history.csv", table.getvalue().encode())
     checkpoint.save(run.out / "last.pt", state_of(run), run.out / "previous.pt")
+    if run.settings["tensorboard"]:
+        run.board = run.board or board.opened(run.out / "tensorboard", len(run.history))
+        board.add(run.board, run.history[-1])
 
 
 def finish(run):

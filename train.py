@@ -102,6 +102,8 @@ SETTINGS = joined({
     "force": Setting(False, "resume although settings differ; take a teacher or --start of another data set",
                      free=True),
     "dry_run": Setting(False, "show settings and estimated time, then stop", free=True),
+    "tensorboard": Setting(False, "write the rows of history.csv for TensorBoard, too: tensorboard --logdir runs",
+                           free=True),
     "debug": Setting(False, "show tracebacks", free=True),
 }, *experiment.TABLES) | without_flags(set_pruning_train.SETTINGS)
 DEFAULTS = defaults_of(SETTINGS)

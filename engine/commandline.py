@@ -153,10 +153,12 @@ def pick_device(name):
         usable = torch.cuda.is_available()
     present = [f"cuda:{index}" for index in range(torch.cuda.device_count() if usable else 0)]
     present += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    reason = f" ({str(told[0].message).split(' (')[0]})" if told else ""
     if name == "auto":
+        if reason:
+            print(f"note: no GPU is used{reason}", file=sys.stderr, flush=True)
         return torch.device(present[0])
     if name not in present and f"{name}:0" not in present:
-        reason = f" ({str(told[0].message).split(' (')[0]})" if told else ""
         raise ValueError(f"device {name!r} is absent; present: {', '.join(present)}{reason}")
     return torch.device(name)
 

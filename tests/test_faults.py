@@ -101,7 +101,7 @@ def test_absent_cuda_is_told_with_what_there_is(shell, untrained, tmp_path, monk
     assert code == 2 and "device 'cuda' is absent; present: " in line and line.endswith("cpu")
 
 
-def test_a_driver_that_is_too_old_is_no_gpu(shell, untrained, tmp_path, monkeypatch, recwarn):
+def test_a_driver_that_is_too_old_is_no_gpu(shell, untrained, tmp_path, monkeypatch, recwarn, capsys):
     """The driver counts its GPU, torch says that it cannot use it, in a warning of many lines."""
     def is_available():
         warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old (found version 11080). "
@@ -113,6 +113,8 @@ def test_a_driver_that_is_too_old_is_no_gpu(shell, untrained, tmp_path, monkeypa
     assert code == 2 and line.endswith("present: cpu (CUDA initialization: The NVIDIA driver on your system is too "
                                        "old)")
     assert commandline.pick_device("auto") == torch.device("cpu") and not recwarn.list
+    assert capsys.readouterr().err == ("note: no GPU is used (CUDA initialization: The NVIDIA driver on your system is "
+                                       "too old)\n")
 
 
 def test_compile_on_without_a_compiler(shell, untrained, tmp_path, monkeypatch):
