@@ -155,7 +155,7 @@ def pick_device(name):
     present += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     reason = f" ({str(told[0].message).split(' (')[0]})" if told else ""
     if name == "auto":
-        if reason:
+        if reason and not usable:
             print(f"note: no GPU is used{reason}", file=sys.stderr, flush=True)
         return torch.device(present[0])
     if name not in present and f"{name}:0" not in present:
