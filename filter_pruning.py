@@ -35,6 +35,9 @@ SETTINGS = {
                                 low=0),
     "filter_relative": Setting(True, "threshold by layer"),
     "filter_columns": Setting(False, "weights that read a channel count"),
+    "filter_measure": Setting("filter", "what is shortened: the filter, or the neuron that batch norm makes of it",
+                              choices=("filter", "neuron"),
+                              clashes=((("neuron",), "filter_columns", (True,), "which count what reads a neuron"),)),
     "filter_one_layer": Setting(False, "one layer at a time, in turn"),
     "filter_interval": Setting(2, "epochs from one removal to the next", low=1),
     "filter_stop": Setting(0.6, "share of the training after which filters stay", low=0, high=1),
@@ -96,12 +99,13 @@ def relative_reduce_layer(layer, threshold_ratio):
 
 @torch.no_grad()
 def reduce_network(model, threshold, relative=True, columns=False, turn=None, average=None, optimizer=None,
-                   masks=None):
+                   masks=None, measure="filter"):
     """Equation 1 on every hidden layer, then the channels at zero leave, physically.
 
     threshold: an L2 norm, or with `relative` a share of the largest of each layer;
     columns: the weights that read a channel count instead of those that make it
-    (reversed); turn: only one space, number `turn` modulo their count (layer by
+    (reversed); measure: "neuron" counts a filter together with the batch norm behind
+    it, see `neurons`; turn: only one space, number `turn` modulo their count (layer by
     layer). average, optimizer, masks: see `shrinking.remove`. A layer keeps a
     channel at least, a layer of groups one in each and as many in all. Returns
     {space: (channels before, after, held by the groups)}.
@@ -113,6 +117,9 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
         norms = torch.zeros(sum(len(channels) for channels, _ in parts))
         for channels, weights in parts:
             norms[channels] = weights.flatten(1).norm(dim=1).float().cpu()
+        if measure == "neuron" and space["norms"]:
+            parts, gains = neurons(model.get_submodule(space["norms"][0]))
+            norms *= gains
         limit, weak = threshold * norms.max().item() if relative else threshold, torch.ones(len(norms)).bool()
         for channels, weights in parts:
             weak[channels[absolute_reduce(weights, limit, norms[channels].to(weights.device)).cpu()]] = False
@@ -121,6 +128,18 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
         if len(keep) < len(norms):
             shrinking.remove(model, space, keep, average, optimizer, masks)
     return found
+
+
+def neurons(norm):
+    """([(channels, what equation 1 shortens)], (C,) gains) of the batch norm behind a layer.
+
+    A filter w before batch norm may have any length; what its neuron sends on is
+    gamma / sigma (w x - mean) + beta. So its norm is |gamma| / sigma times that of w,
+    and equation 1 shortens gamma and beta, which leaves of the neuron exactly that share.
+    """
+    gains = (norm.weight.abs() / (norm.running_var + norm.eps).sqrt()).float().cpu()
+    channels = torch.arange(len(gains))
+    return [(channels, norm.weight), (channels, norm.bias)], gains
 
 
 # ---- the L1 filter cycle: prune, fine-tune, evaluate, as long as the loss allows

@@ -154,7 +154,8 @@ def reduce_filters(settings, epoch, model, average, optimizer, masks):
         return ""
     turn = epoch // settings["filter_interval"] - 1 if settings["filter_one_layer"] else None
     found = filter_pruning.reduce_network(model, settings["filter_threshold"], settings["filter_relative"],
-                                          settings["filter_columns"], turn, average, optimizer, masks)
+                                          settings["filter_columns"], turn, average, optimizer, masks,
+                                          settings["filter_measure"])
     return ", ".join(f"{name} {before} -> {after}" + f" ({held} weak ones held by groups)" * bool(held)
                      for name, (before, after, held) in found.items() if after < before)
 

@@ -146,6 +146,57 @@ def test_absolute_threshold_beyond_all_keeps_one_channel():
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("name", ["resnet20", "wrn-16-1", "mobilenet", "vgg6-8-16-16"])
+def test_a_neuron_behind_batch_norm_keeps_its_share(name):
+    """What one layer's neurons send on is shortened by equation 1, whatever the length of their filters."""
+    model = trained_statistics(networks.build(name))
+    space = next(space for space in filter_pruning.reducible(model) if space["norms"])
+    maker, norm = (model.get_submodule(space[kind][0]) for kind in ("makers", "norms"))
+    gains = norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt()
+    lengths = gains * maker.weight.detach().flatten(1).norm(dim=1)
+    shares = (1 - 0.7 * lengths.max() / lengths).clamp_min(0)
+    images, sent = torch.randn(4, 3, 32, 32), []
+    norm.register_forward_hook(lambda layer, inputs, output: sent.append(output.detach()))
+    model(images)
+    turn = [other["name"] for other in filter_pruning.reducible(model)].index(space["name"])
+    before, after, held = reduce_network(model, 0.7, turn=turn, measure="neuron")[space["name"]]
+    model(images)
+    assert 1 <= after < before == len(shares) and held == 0 and after == int((shares > 0).sum())
+    torch.testing.assert_close(sent[1], (shares[:, None, None] * sent[0])[:, shares > 0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "wrn-16-1", "resnet18"])
+def test_neurons_are_the_same_for_filters_of_any_length(name):
+    """Batch norm takes a filter's length away, so the outputs and what leaves must not depend on it."""
+    whole = trained_statistics(networks.build(name))
+    rescaled, images = copy.deepcopy(whole), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for space in filter_pruning.reducible(rescaled):
+            if space["norms"]:
+                maker, norm = (rescaled.get_submodule(space[kind][0]) for kind in ("makers", "norms"))
+                lengths = torch.rand(len(maker.weight)) * 10 + 0.1
+                maker.weight.mul_(lengths.view(-1, 1, 1, 1))
+                norm.running_mean.mul_(lengths)
+                norm.running_var.copy_((norm.running_var + norm.eps) * lengths ** 2 - norm.eps)
+    torch.testing.assert_close(rescaled(images), whole(images), atol=1e-3, rtol=1e-3)
+    left = [reduce_network(model, 0.8, measure="neuron") for model in (whole, rescaled)]
+    assert left[0] == left[1] and any(after < before for before, after, _ in left[0].values())
+    torch.testing.assert_close(rescaled(images), whole(images), atol=1e-3, rtol=1e-3)
+
+
+def trained_statistics(model):
+    """The network in evaluation mode, with batch norms as training leaves them: no two channels alike."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(torch.randn(len(module.weight)))
+                module.bias.normal_(std=0.2)
+        model.train()
+        for _ in range(40):
+            model(torch.randn(16, 3, 32, 32))
+    return model.eval()
+
+
 # ---- filters leave while training
 
 def filters_run(out, *flags):

@@ -96,7 +96,8 @@ def test_latency_and_parameters_are_costs_too(tmp_path):
 
 def test_filters_leave_on_their_epochs_only():
     settings = {"filter_interval": 2, "filter_stop": 0.5, "epochs": [8], "filter_threshold": 0.99,
-                "filter_relative": True, "filter_columns": False, "filter_one_layer": True}
+                "filter_relative": True, "filter_columns": False, "filter_one_layer": True,
+                "filter_measure": "filter"}
     model = networks.build("lenet5")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     left = [set_pruning_train.reduce_filters(settings, epoch, model, None, optimizer, {}) for epoch in range(1, 9)]
