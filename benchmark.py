@@ -1,9 +1,10 @@
-"""How fast, and what for: `python benchmark.py inference`, `training`, `profile`, `deployment` or `check`.
+"""How fast, and what for: `python benchmark.py inference`, `training`, `profile`, `deployment`, `overview` or `check`.
 
 inference: images a second of several networks in PyTorch and ONNX Runtime.
 training: the loop of train.py against the published run's.
 profile: where the time of a training step goes, by kind of kernel.
 deployment: trained networks in use: accuracy, bytes and milliseconds of every form of each.
+overview: every network that ships, tested and counted, beside results of others.
 check: whether every technique runs on a GPU, and what is slow there.
 `python benchmark.py profile --help` lists the flags of one; benchmarks/ holds them.
 """
@@ -11,7 +12,7 @@ import importlib
 
 from engine import commandline
 
-PARTS = ("inference", "training", "profile", "deployment", "check")
+PARTS = ("inference", "training", "profile", "deployment", "overview", "check")
 
 
 def main(argv):
