@@ -13,26 +13,16 @@ that all of one data set reached; a run that went on from other weights (--start
 no such time, and no curve in accuracy_time.png.
 """
 import json
-import math
 import sys
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 
 import cifar10
-from engine import checkpoint, commandline, run_files, tables
+from engine import checkpoint, commandline, run_files, run_plots, tables
 from engine.settings import names_of
 from train import DEFAULTS, RECIPES, SETTINGS
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
-
-CITED = [    # (name, parameters left, accuracy in %), CIFAR-10 test images, as their authors give them
-    ("the published run (claimed)", 0.03 * 11_173_962, 90.12),
-    ("dense ResNet-18, good recipe", 11_173_962, 95.3),
-    ("cifar10-tiniest", 97_500, 94.4),
-]
 COLUMNS = ["dataset", "network", "epochs", "pruning", "mixing", "weights", "recipe", "distilled", "continued",
            "device"]
 COLUMNS_OF_HISTORY = (*run_files.EPOCH, "epoch", "train_loss", "sparsity")
@@ -142,76 +132,6 @@ def number(value, form):
     return "-" if pd.isna(value) else format(value, form)
 
 
-def draw_curves(path, run):
-    """Loss and accuracy by epoch, training and validation, with the pruning rounds marked."""
-    history = run["history"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axes, what in ((left, "loss"), (right, "accuracy")):
-        for part in ("train", "validation"):
-            axes.plot(history["epoch"], history[f"{part}_{what}"], marker=".", label=part)
-        last = history.groupby("round")["epoch"].max()
-        after = history.groupby("round")["sparsity"].first()
-        for round_, epoch in list(last.items())[:-1]:
-            axes.axvline(epoch + 0.5, color="gray", linestyle="--")
-            top = what == "loss"
-            axes.annotate(f"pruned to {after[round_ + 1]:.0%}", (epoch + 0.5, float(top)), rotation=90, fontsize=8,
-                          xycoords=("data", "axes fraction"), xytext=(3, -4 if top else 4),
-                          textcoords="offset points", va="top" if top else "bottom")
-        axes.set(xlabel="epoch", ylabel=what + (" (%)" if what == "accuracy" else ""))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
-    right.set_title(f"{run['dataset']}, {run['network']}", fontsize=10)
-    checkpoint.save_figure(path, figure)
-    plt.close(figure)
-
-
-def draw_layers(path, run):
-    """Weights by layer before and after pruning, on a logarithmic axis."""
-    layers = pd.DataFrame(run["layers"])
-    places, left = range(len(layers)), layers["weights"] - layers["zero_weights"]
-    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
-    axes.bar(places, layers["weights"], color="lightsteelblue", label="before")
-    axes.bar(places, left, color="tab:blue", width=0.5, label="after")
-    for place, kept, whole in zip(places, left, layers["weights"], strict=True):
-        axes.annotate(f"{kept / whole:.0%}", (place, whole), ha="center", va="bottom", fontsize=7)
-    axes.set_xticks(places, layers["name"], rotation=60, ha="right", fontsize=8)
-    axes.set(yscale="log", ylabel="weights", title=f"weights by layer and the share left: {run['run']}")
-    axes.legend(loc="upper left")
-    checkpoint.save_figure(path, figure)
-    plt.close(figure)
-
-
-def draw_accuracy_size(path, table):
-    """Test accuracy against parameters left, by data set; for CIFAR-10 with cited results."""
-    tested = table.dropna(subset=["test_accuracy", "nonzero"])
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for dataset, rows in tested.groupby("dataset"):
-        axes.scatter(rows["nonzero"], rows["test_accuracy"], label=f"ours, {dataset}")
-    if "cifar10" in set(tested["dataset"]):
-        axes.scatter([size for _, size, _ in CITED], [accuracy for *_, accuracy in CITED], marker="x", color="gray",
-                     label="cited, CIFAR-10")
-        for name, size, accuracy in CITED:
-            right = size > 1e6
-            axes.annotate(name, (size, accuracy), xytext=(-6 if right else 6, 5), textcoords="offset points",
-                          ha="right" if right else "left", fontsize=8, color="gray")
-    axes.set(xscale="log", xlabel="parameters that are not zero", ylabel="test accuracy (%)")
-    axes.margins(x=0.25, y=0.15)
-    axes.set_xlim(left=axes.get_xlim()[0] / 25)              # room for the names on the left
-    axes.set_ylim(axes.get_ylim())
-    place = -math.inf                                        # a name stays 10 points above the one below it
-    for row in tested.sort_values("test_accuracy").itertuples():
-        height = axes.transData.transform((row.nonzero, row.test_accuracy))[1] * 72 / figure.dpi
-        place = max(height, place + 10)
-        axes.annotate(f"{row.network}, {row.epochs} epochs" + " more" * row.continued
-                      + ", distilled" * row.distilled,
-                      (row.nonzero, row.test_accuracy), xytext=(-6, place - height - 3), textcoords="offset points",
-                      ha="right", fontsize=8)
-    if axes.collections:
-        axes.legend(loc="lower right")
-    checkpoint.save_figure(path, figure)
-    plt.close(figure)
-
-
 def times_of(runs, levels=()):
     """Minutes of epochs until each run first had each level of validation accuracy (%), a row a run and level.
 
@@ -230,31 +150,6 @@ def times_of(runs, levels=()):
                          "epochs_to_level": None if first is None else first + 1,
                          "minutes_to_level": None if first is None else minutes[first]})
     return pd.DataFrame(rows, columns=[*names, "highest", "level", "epochs_to_level", "minutes_to_level"])
-
-
-def draw_accuracy_time(path, runs):
-    """Validation accuracy against the minutes that a run had trained, measuring included; the time on a log scale."""
-    draw_progress(path, {run["run"]: (run["history"]["seconds"].cumsum() / 60, run["history"]) for run in runs},
-                  "minutes of epochs")
-
-
-def draw_accuracy_operations(path, runs):
-    """Validation accuracy against the operations of training so far, of the runs that counted them; a log scale."""
-    draw_progress(path, {run["run"]: (run["history"]["pflop"], run["history"]) for run in runs
-                         if "pflop" in run["history"]}, "PFLOP of training so far")
-
-
-def draw_progress(path, lines, label):
-    """Validation accuracy against what was spent. lines: {name: (spent by epoch, history)}."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, (spent, history) in lines.items():
-        axes.plot(spent, history["validation_accuracy"], marker=".", label=name)
-    axes.set(xscale="log", xlabel=label, ylabel="validation accuracy (%)")
-    axes.grid(alpha=0.4)
-    if lines:
-        axes.legend(fontsize=8)
-    checkpoint.save_figure(path, figure)
-    plt.close(figure)
 
 
 def distinct(runs):
@@ -301,7 +196,7 @@ def check_kept(runs, out):
 def draw_beside(run, out):
     """curves.png and layers.png of a run, in its copy out/<run>/ and beside the run itself, where that can be."""
     target = out / run["run"]
-    for name, draw in (("curves.png", draw_curves), ("layers.png", draw_layers)):
+    for name, draw in (("curves.png", run_plots.draw_curves), ("layers.png", run_plots.draw_layers)):
         if name == "curves.png" or run["layers"]:
             draw(target / name, run)
             if target.resolve() != run["folder"].resolve():
@@ -371,8 +266,8 @@ def main(argv):
         with checkpoint.noted():
             keep(run, out)
             draw_beside(run, out)
-    for name, draw, what in (("size", draw_accuracy_size, table), ("time", draw_accuracy_time, from_nothing),
-                             ("operations", draw_accuracy_operations, from_nothing)):
+    for name, draw, what in (("size", run_plots.draw_accuracy_size, table), ("time", run_plots.draw_accuracy_time, from_nothing),
+                             ("operations", run_plots.draw_accuracy_operations, from_nothing)):
         with checkpoint.noted():
             draw(out / f"accuracy_{name}.png", what)
     print(f"written: {out}/table.md, table.csv, time.csv, accuracy_size.png, accuracy_time.png, "

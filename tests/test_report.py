@@ -6,6 +6,7 @@ import pytest
 
 import profil
 import report
+from engine import run_plots
 import test as half_test
 
 
@@ -73,11 +74,11 @@ def test_plots_are_drawn_and_kept_without_sources(reported, tmp_path):
 
 def test_names_of_near_points_do_not_overlap(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(report.plt, "close", drawn.append)
+    monkeypatch.setattr(run_plots.plt, "close", drawn.append)
     table = pd.DataFrame({"dataset": "cifar10", "network": "n", "epochs": ["1", "2", "3"], "distilled": False,
                           "continued": [False, False, True], "nonzero": 135_748.0,
                           "test_accuracy": [90.46, 90.6, 90.5]})
-    report.draw_accuracy_size(tmp_path / "size.png", table)
+    run_plots.draw_accuracy_size(tmp_path / "size.png", table)
     texts = [text for text in drawn[0].axes[0].texts if " epochs" in text.get_text()]
     assert sorted(text.get_text() for text in texts) == ["n, 1 epochs", "n, 2 epochs", "n, 3 epochs more"]
     names = [text.get_window_extent() for text in texts]
@@ -228,7 +229,7 @@ def test_operations_are_shown_and_drawn_where_they_were_counted(reported, tmp_pa
     plain = edit(shutil.copytree(reported[1], tmp_path / "plain"),
                  lambda history: history.drop(columns="pflop", errors="ignore"))
     drawn = []
-    monkeypatch.setattr(report.plt, "close", drawn.append)
+    monkeypatch.setattr(run_plots.plt, "close", drawn.append)
     report.main([str(counted), str(plain), "--out", str(tmp_path / "out")])
     assert pd.read_csv(tmp_path / "out/table.csv")["pflop"].fillna(-1).tolist() == [1.5, -1]
     header, _, one, other = (tmp_path / "out/table.md").read_text().splitlines()

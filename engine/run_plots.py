@@ -1,0 +1,101 @@
+"""Plots of runs, from their histories and from a report's table.
+
+A run is the dictionary of report.read_run; every plot is a PNG at the path that comes first.
+"""
+import math
+
+import matplotlib
+import pandas as pd
+
+from engine import checkpoint
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+
+def draw_curves(path, run):
+    """Loss and accuracy by epoch, training and validation, with the pruning rounds marked."""
+    history = run["history"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axes, what in ((left, "loss"), (right, "accuracy")):
+        for part in ("train", "validation"):
+            axes.plot(history["epoch"], history[f"{part}_{what}"], marker=".", label=part)
+        last = history.groupby("round")["epoch"].max()
+        after = history.groupby("round")["sparsity"].first()
+        for round_, epoch in list(last.items())[:-1]:
+            axes.axvline(epoch + 0.5, color="gray", linestyle="--")
+            top = what == "loss"
+            axes.annotate(f"pruned to {after[round_ + 1]:.0%}", (epoch + 0.5, float(top)), rotation=90, fontsize=8,
+                          xycoords=("data", "axes fraction"), xytext=(3, -4 if top else 4),
+                          textcoords="offset points", va="top" if top else "bottom")
+        axes.set(xlabel="epoch", ylabel=what + (" (%)" if what == "accuracy" else ""))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+    right.set_title(f"{run['dataset']}, {run['network']}", fontsize=10)
+    checkpoint.save_figure(path, figure)
+    plt.close(figure)
+
+
+def draw_layers(path, run):
+    """Weights by layer before and after pruning, on a logarithmic axis."""
+    layers = pd.DataFrame(run["layers"])
+    places, left = range(len(layers)), layers["weights"] - layers["zero_weights"]
+    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+    axes.bar(places, layers["weights"], color="lightsteelblue", label="before")
+    axes.bar(places, left, color="tab:blue", width=0.5, label="after")
+    for place, kept, whole in zip(places, left, layers["weights"], strict=True):
+        axes.annotate(f"{kept / whole:.0%}", (place, whole), ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(places, layers["name"], rotation=60, ha="right", fontsize=8)
+    axes.set(yscale="log", ylabel="weights", title=f"weights by layer and the share left: {run['run']}")
+    axes.legend(loc="upper left")
+    checkpoint.save_figure(path, figure)
+    plt.close(figure)
+
+
+def draw_accuracy_size(path, table):
+    """Test accuracy against parameters left, a point a row of a report's table, a colour a data set."""
+    tested = table.dropna(subset=["test_accuracy", "nonzero"])
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for dataset, rows in tested.groupby("dataset"):
+        axes.scatter(rows["nonzero"], rows["test_accuracy"], label=dataset)
+    axes.set(xscale="log", xlabel="parameters that are not zero", ylabel="test accuracy (%)")
+    axes.margins(x=0.25, y=0.15)
+    axes.set_xlim(left=axes.get_xlim()[0] / 25)              # room for the names on the left
+    axes.set_ylim(axes.get_ylim())
+    place = -math.inf                                        # a name stays 10 points above the one below it
+    for row in tested.sort_values("test_accuracy").itertuples():
+        height = axes.transData.transform((row.nonzero, row.test_accuracy))[1] * 72 / figure.dpi
+        place = max(height, place + 10)
+        axes.annotate(f"{row.network}, {row.epochs} epochs" + " more" * row.continued
+                      + ", distilled" * row.distilled,
+                      (row.nonzero, row.test_accuracy), xytext=(-6, place - height - 3), textcoords="offset points",
+                      ha="right", fontsize=8)
+    if axes.collections:
+        axes.legend(loc="lower right")
+    checkpoint.save_figure(path, figure)
+    plt.close(figure)
+
+
+def draw_accuracy_time(path, runs):
+    """Validation accuracy against the minutes that a run had trained, measuring included; the time on a log scale."""
+    draw_progress(path, {run["run"]: (run["history"]["seconds"].cumsum() / 60, run["history"]) for run in runs},
+                  "minutes of epochs")
+
+
+def draw_accuracy_operations(path, runs):
+    """Validation accuracy against the operations of training so far, of the runs that counted them; a log scale."""
+    draw_progress(path, {run["run"]: (run["history"]["pflop"], run["history"]) for run in runs
+                         if "pflop" in run["history"]}, "PFLOP of training so far")
+
+
+def draw_progress(path, lines, label):
+    """Validation accuracy against what was spent. lines: {name: (spent by epoch, history)}."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, (spent, history) in lines.items():
+        axes.plot(spent, history["validation_accuracy"], marker=".", label=name)
+    axes.set(xscale="log", xlabel=label, ylabel="validation accuracy (%)")
+    axes.grid(alpha=0.4)
+    if lines:
+        axes.legend(fontsize=8)
+    checkpoint.save_figure(path, figure)
+    plt.close(figure)
