@@ -266,10 +266,9 @@ def main(argv):
         with checkpoint.noted():
             keep(run, out)
             draw_beside(run, out)
-    for name, draw, what in (("size", run_plots.draw_accuracy_size, table), ("time", run_plots.draw_accuracy_time, from_nothing),
-                             ("operations", run_plots.draw_accuracy_operations, from_nothing)):
+    for name, what in (("size", table), ("time", from_nothing), ("operations", from_nothing)):
         with checkpoint.noted():
-            draw(out / f"accuracy_{name}.png", what)
+            getattr(run_plots, f"draw_accuracy_{name}")(out / f"accuracy_{name}.png", what)
     print(f"written: {out}/table.md, table.csv, time.csv, accuracy_size.png, accuracy_time.png, "
           "accuracy_operations.png, and curves and layers by run")
     tables.update(out)

@@ -4,19 +4,20 @@ A run is the dictionary of report.read_run; every plot is a PNG at the path that
 """
 import math
 
-import matplotlib
-import pandas as pd
-
 from engine import checkpoint
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+def figure_of(width, height, columns=1):
+    """(figure, its axes, an array where there are several); sizes in inches."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)
 
 
 def draw_curves(path, run):
     """Loss and accuracy by epoch, training and validation, with the pruning rounds marked."""
     history = run["history"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = figure_of(10, 3.8, columns=2)
     for axes, what in ((left, "loss"), (right, "accuracy")):
         for part in ("train", "validation"):
             axes.plot(history["epoch"], history[f"{part}_{what}"], marker=".", label=part)
@@ -33,14 +34,14 @@ def draw_curves(path, run):
         axes.legend()
     right.set_title(f"{run['dataset']}, {run['network']}", fontsize=10)
     checkpoint.save_figure(path, figure)
-    plt.close(figure)
 
 
 def draw_layers(path, run):
     """Weights by layer before and after pruning, on a logarithmic axis."""
+    import pandas as pd
     layers = pd.DataFrame(run["layers"])
     places, left = range(len(layers)), layers["weights"] - layers["zero_weights"]
-    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+    figure, axes = figure_of(10, 4)
     axes.bar(places, layers["weights"], color="lightsteelblue", label="before")
     axes.bar(places, left, color="tab:blue", width=0.5, label="after")
     for place, kept, whole in zip(places, left, layers["weights"], strict=True):
@@ -49,13 +50,12 @@ def draw_layers(path, run):
     axes.set(yscale="log", ylabel="weights", title=f"weights by layer and the share left: {run['run']}")
     axes.legend(loc="upper left")
     checkpoint.save_figure(path, figure)
-    plt.close(figure)
 
 
 def draw_accuracy_size(path, table):
     """Test accuracy against parameters left, a point a row of a report's table, a colour a data set."""
     tested = table.dropna(subset=["test_accuracy", "nonzero"])
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = figure_of(7, 4.5)
     for dataset, rows in tested.groupby("dataset"):
         axes.scatter(rows["nonzero"], rows["test_accuracy"], label=dataset)
     axes.set(xscale="log", xlabel="parameters that are not zero", ylabel="test accuracy (%)")
@@ -73,7 +73,6 @@ def draw_accuracy_size(path, table):
     if axes.collections:
         axes.legend(loc="lower right")
     checkpoint.save_figure(path, figure)
-    plt.close(figure)
 
 
 def draw_accuracy_time(path, runs):
@@ -90,7 +89,7 @@ def draw_accuracy_operations(path, runs):
 
 def draw_progress(path, lines, label):
     """Validation accuracy against what was spent. lines: {name: (spent by epoch, history)}."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = figure_of(8, 4.5)
     for name, (spent, history) in lines.items():
         axes.plot(spent, history["validation_accuracy"], marker=".", label=name)
     axes.set(xscale="log", xlabel=label, ylabel="validation accuracy (%)")
@@ -98,4 +97,3 @@ def draw_progress(path, lines, label):
     if lines:
         axes.legend(fontsize=8)
     checkpoint.save_figure(path, figure)
-    plt.close(figure)

@@ -6,8 +6,8 @@ import pytest
 
 import profil
 import report
-from engine import run_plots
 import test as half_test
+from engine import checkpoint, run_plots
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,15 @@ def test_plots_are_drawn_and_kept_without_sources(reported, tmp_path):
     assert pd.read_csv(kept / "history.csv").equals(pd.read_csv(reported[0] / "history.csv"))
 
 
+def keep_figures(monkeypatch, drawn):
+    """Put every figure that is saved into a list, too."""
+    save = checkpoint.save_figure
+    monkeypatch.setattr(checkpoint, "save_figure", lambda path, figure: (drawn.append(figure), save(path, figure)))
+
+
 def test_names_of_near_points_do_not_overlap(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(run_plots.plt, "close", drawn.append)
+    keep_figures(monkeypatch, drawn)
     table = pd.DataFrame({"dataset": "cifar10", "network": "n", "epochs": ["1", "2", "3"], "distilled": False,
                           "continued": [False, False, True], "nonzero": 135_748.0,
                           "test_accuracy": [90.46, 90.6, 90.5]})
@@ -229,7 +235,7 @@ def test_operations_are_shown_and_drawn_where_they_were_counted(reported, tmp_pa
     plain = edit(shutil.copytree(reported[1], tmp_path / "plain"),
                  lambda history: history.drop(columns="pflop", errors="ignore"))
     drawn = []
-    monkeypatch.setattr(run_plots.plt, "close", drawn.append)
+    keep_figures(monkeypatch, drawn)
     report.main([str(counted), str(plain), "--out", str(tmp_path / "out")])
     assert pd.read_csv(tmp_path / "out/table.csv")["pflop"].fillna(-1).tolist() == [1.5, -1]
     header, _, one, other = (tmp_path / "out/table.md").read_text().splitlines()
