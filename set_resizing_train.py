@@ -50,13 +50,23 @@ def check_resize(model, shape, small):
     if not SMALLEST <= small < height:
         raise ValueError(f"--resize {small}: it must be at least {SMALLEST} and below the {height} pixels of the data "
                          "set's images")
+    least = next((side for side in range(small, height) if takes(model, channels, side)), None)
+    if least is None:
+        raise ValueError(f"--resize {small}: this network takes images of {height} x {height} pixels alone, since its "
+                         "last feature map is not averaged")
+    if least > small:
+        raise ValueError(f"--resize {small}: this network takes images of {least} pixels at least")
+
+
+def takes(model, channels, side):
+    """Whether a network takes images of (channels, side, side)."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            model(torch.zeros(1, channels, small, small, device=next(model.parameters()).device))
+            model(torch.zeros(1, channels, side, side, device=next(model.parameters()).device))
+        return True
     except (RuntimeError, ValueError):
-        raise ValueError(f"--resize {small}: this network takes images of {height} x {height} pixels alone, since its "
-                         "last feature map is not averaged") from None
+        return False
     finally:
         model.train(training)

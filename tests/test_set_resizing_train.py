@@ -54,6 +54,14 @@ def test_networks_that_flatten_are_refused(name):
         check_resize(build(name=name), (3, 32, 32), 20)
 
 
+def test_the_smallest_size_that_a_network_takes_is_told():
+    model = build(name="vgg6-4-4-4").train()
+    check_resize(model, (3, 32, 32), 9)
+    with pytest.raises(ValueError, match="takes images of 9 pixels at least"):
+        check_resize(model, (3, 32, 32), 8)
+    assert model.training
+
+
 def test_a_size_that_is_not_smaller_is_refused(tmp_path):
     with pytest.raises(ValueError, match="below the 32 pixels"):
         train.main([*FLAGS, "--epochs", "1", "--resize", "32", "--out", str(tmp_path / "run")])
