@@ -32,6 +32,7 @@ MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
 # MODEL = "wrn-16-4"          # 2.7 M, wide, arXiv:1605.07146
 # MODEL = "wrn-28-10"         # 36.5 M
 # MODEL = "mobilenet"         # 3.2 M, depthwise separable, arXiv:1704.04861
+# MODEL = "vgg6-64-256-256"   # 2.0 M, pools early: accuracy for few operations, arXiv:2404.00498
 # MODEL = "cifar-quick"       # 0.15 M, no batch norm
 # MODEL = "lenet5"            # 0.06 M, no batch norm, LeCun et al. 1998
 # MODEL = "lenet5-student"    # 0.01 M
