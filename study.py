@@ -194,8 +194,9 @@ def markdown_of(table):
 
 
 def shown(value, form, absent="-"):
-    """A number as text, or what stands for one that is not there."""
-    return absent if math.isnan(value) else form.format(value)
+    """A number as text, or what stands for one that is not there; what rounds to zero has no sign."""
+    text = absent if math.isnan(value) else form.format(value)
+    return text.removeprefix("-") if text.startswith("-0") and not set("123456789") & set(text) else text
 
 
 def draw_accuracy(path, table, title):

@@ -268,6 +268,12 @@ def test_an_arm_is_compared_with_the_one_it_names():
     assert text.splitlines()[-1].endswith("| 1.00 |  | 1.00 |")      # against one that has not run
 
 
+@pytest.mark.parametrize("value, text", [(-0.0002, "0.0 %"), (-0.0, "0.0 %"), (-0.06, "-0.1 %"), (80.0, "80.0 %"),
+                                         (-10.0, "-10.0 %"), (float("nan"), "none")])
+def test_what_rounds_to_zero_has_no_sign(value, text):
+    assert study.shown(value, "{:.1f} %", "none") == text
+
+
 def test_epochs_get_faster_where_channels_leave(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "measure_arm", lambda folder, data: {})
