@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sample_runs import SMALL, start_training
 from samples import Tiny
 
+import experiment
 import networks
 import pruning
 import train
@@ -54,10 +55,16 @@ def test_another_data_set_is_taken_where_it_is_forced(tmp_path):
     assert run.teacher is not None and run.settings["force"]
 
 
-def test_a_forced_teacher_is_taken_again_on_resuming(tmp_path):
-    path = saved(tmp_path / "other.pt", "cifar10", name="lenet5-student")
+def test_a_forced_teacher_is_taken_again_on_resuming(tmp_path, monkeypatch):
+    path, real, taken = saved(tmp_path / "other.pt", "cifar10", name="lenet5-student"), experiment.load_teacher, []
+
+    def load(given, *rest):
+        taken.append(str(given))
+        return real(given, *rest)
+    monkeypatch.setattr(experiment, "load_teacher", load)
     train.main([*STUDENT, "--teacher", str(path), "--force", "--out", str(tmp_path / "run")])
     train.main(["--resume", "--out", str(tmp_path / "run")])
+    assert taken == [str(path)] * 2
 
 
 def test_images_that_the_network_does_not_take_are_refused():
