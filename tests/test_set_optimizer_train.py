@@ -11,7 +11,7 @@ import models
 import resnet_factorized
 import train
 import train_pruning
-from engine import shrinking
+from engine import compiling, shrinking
 from set_optimizer_train import Muon, filters_of, make_optimizer, orthogonal, parameter_groups
 
 SETTINGS = {**train.DEFAULTS, "optimizer": "muon"}
@@ -33,7 +33,8 @@ def moved(optimizer, parameter, gradients):
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
 @pytest.mark.parametrize(("rate", "momentum", "decay"), [(0.02, 0.95, 0.1), (0.3, 0.6, 0.0)])
-def test_muon_is_torchs_on_a_matrix(shape, rate, momentum, decay):
+def test_muon_is_torchs_on_a_matrix(shape, rate, momentum, decay, monkeypatch):
+    monkeypatch.setattr(compiling, "has_bfloat16", lambda: True)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     group = {"params": [ours], "blocks": [1], "lr": rate, "momentum": momentum, "weight_decay": decay,
@@ -43,6 +44,20 @@ def test_muon_is_torchs_on_a_matrix(shape, rate, momentum, decay):
     torch.testing.assert_close(moved(Muon([group]), ours, gradients), moved(other, theirs, gradients), rtol=1e-2,
                                atol=rate / 50)         # both iterate in bfloat16, in another order of sums
     assert not torch.allclose(ours, start, atol=rate / 10)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 10), (3, 10, 6)])
+def test_a_cpu_without_bfloat16_iterates_in_float32(shape, monkeypatch):
+    monkeypatch.setattr(compiling, "has_bfloat16", lambda: False)
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact = matrices.double() if shape[1] <= shape[2] else matrices.double().mT
+    exact = exact / exact.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):                                          # (3.4445 - 4.7750 xx' + 2.0315 (xx')^2) x
+        gram = exact @ exact.mT
+        exact = 3.4445 * exact - 4.7750 * gram @ exact + 2.0315 * gram @ gram @ exact
+    turned = orthogonal(matrices)
+    assert turned.dtype == torch.float32
+    torch.testing.assert_close(turned.double(), exact if shape[1] <= shape[2] else exact.mT, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
