@@ -41,6 +41,7 @@ SETTINGS = {
     "filter_one_layer": Setting(False, "one layer at a time, in turn"),
     "filter_interval": Setting(2, "epochs from one removal to the next", low=1),
     "filter_stop": Setting(0.6, "share of the training after which filters stay", low=0, high=1),
+    "filter_until": Setting(0, "parameters at which they stay, should the network have no more sooner", low=0),
     "cycle": Setting(None, "settings of the L1 cycle, see filter_pruning.CYCLE", form=str, shown="JSON", fixed=True),
     "cycle_settings": Setting({}),
     "stop_loss": Setting(None, "validation loss that ends the L1 cycle (a tenth above that before the first removal)",

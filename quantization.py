@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import packing
+from engine.strides import picked
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 STEPS = ("weight_step", "activation_step", "activation_offset")      # parameters of a quantized layer
@@ -132,7 +133,8 @@ class QuantizedConv2d(nn.Conv2d):
     def forward(self, images):
         codes, step = input_codes(self, images)
         weight, scale = weight_codes(self)
-        sums = F.conv2d(codes, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        codes, stride = picked(self, codes)
+        sums = F.conv2d(codes, weight, None, stride, self.padding, self.dilation, self.groups)
         return rescaled(sums, step, scale, self.bias)
 
     def integers(self):

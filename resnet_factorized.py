@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from engine.strides import StridedConv2d
+
 
 def shuffle_channels(images, groups):
     """Interleave the channels of `groups` groups.
@@ -45,7 +47,8 @@ fx.wrap("take_channels")
 
 def convolution(inputs, outputs, kernel, stride=1, groups=1):
     """A square convolution without bias that keeps the size at stride 1."""
-    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    kind = StridedConv2d if kernel == 1 < stride and groups == 1 else nn.Conv2d
+    return kind(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 def add(shortcut, hidden, positions):

@@ -148,9 +148,12 @@ def ranks_at(settings, step, steps):
 def reduce_filters(settings, epoch, model, average, optimizer, masks):
     """After `epoch` epochs, every so often and until the stop: weak filters go to zero and leave the network.
 
+    They stay from the epoch of --filter-stop on, or once there are no more than --filter-until parameters.
+
     Average, optimizer and masks shrink with it. Returns what left, as text; "" where nothing did.
     """
-    if epoch % settings["filter_interval"] or epoch > settings["filter_stop"] * settings["epochs"][-1]:
+    small = sum(weight.numel() for weight in model.parameters()) <= settings["filter_until"]
+    if small or epoch % settings["filter_interval"] or epoch > settings["filter_stop"] * settings["epochs"][-1]:
         return ""
     turn = epoch // settings["filter_interval"] - 1 if settings["filter_one_layer"] else None
     found = filter_pruning.reduce_network(model, settings["filter_threshold"], settings["filter_relative"],

@@ -49,9 +49,9 @@ class Setting(NamedTuple):
         return type(self.choices[0] if self.choices else self.default)
 
 
-def line(default, choices=None, **more):
-    """A setting that a technique line chooses."""
-    return Setting(default, "overrides the technique line", choices=choices, line=True, **more)
+def line(default, choices=None, hint="", **more):
+    """A setting that a technique line chooses; hint: what --help says beside that."""
+    return Setting(default, "overrides the technique line" + hint, choices=choices, line=True, **more)
 
 
 KINDS = {int: "a whole number", float: "a number", str: "a text in quotation marks", bool: "True or False"}

@@ -97,9 +97,26 @@ def test_latency_and_parameters_are_costs_too(tmp_path):
 def test_filters_leave_on_their_epochs_only():
     settings = {"filter_interval": 2, "filter_stop": 0.5, "epochs": [8], "filter_threshold": 0.99,
                 "filter_relative": True, "filter_columns": False, "filter_one_layer": True,
-                "filter_measure": "filter"}
+                "filter_measure": "filter", "filter_until": 0}
     model = networks.build("lenet5")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     left = [set_pruning_train.reduce_filters(settings, epoch, model, None, optimizer, {}) for epoch in range(1, 9)]
     assert [bool(text) for text in left] == [False, True, False, True, False, False, False, False]
     assert left[1].startswith("conv1 6 -> ") and left[3].startswith("conv2 16 -> ")
+
+
+def test_filters_stay_once_few_parameters_are_left():
+    settings = {"filter_interval": 1, "filter_stop": 1, "epochs": [8], "filter_threshold": 0.9,
+                "filter_relative": True, "filter_columns": False, "filter_one_layer": True,
+                "filter_measure": "filter", "filter_until": 40_000}
+    model = networks.build("lenet5")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sizes = []
+    for epoch in range(1, 9):
+        text = set_pruning_train.reduce_filters(settings, epoch, model, None, optimizer, {})
+        assert bool(text) == (not sizes or sizes[-1] > 40_000)
+        sizes.append(sum(weight.numel() for weight in model.parameters()))
+    assert sizes[0] < 61_706 and sizes[-1] <= 40_000 and len(set(sizes)) < 8
+    settings["filter_until"] = sizes[-1] - 1                    # one parameter fewer is asked for: more leave
+    assert set_pruning_train.reduce_filters(settings, 9, model, None, optimizer, {}) == "" != \
+        set_pruning_train.reduce_filters(settings, 8, model, None, optimizer, {})
