@@ -19,7 +19,8 @@ from engine import checkpoint
 from engine.settings import Setting, line
 
 SETTINGS = {
-    "model": line("resnet18", shown="NETWORK"),      # `check_name` knows them all, with families that no line can list
+    "model": line("resnet18", hint="; wrn-d-k, resnetd-a-b-c, vgg6-a-b-c and vgg9-a-b-c are depths d and widths",
+                  shown="NETWORK"),                  # `check_name` knows them all
     "groups": line(8),                               # which ones, the network says
     "shuffle": line(True, (True, False)),
     "activation": Setting("relu", "of the small networks: relu, gelu, tanh, ..."),
