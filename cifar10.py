@@ -126,15 +126,19 @@ def read_folder(folder):
     return Kind(PICTURE, (len(data.y_train), len(data.y_test)), mean, std, classes, True, ""), data
 
 
-def load(dataset, root="data"):
+def load(dataset, root="data", classes=None):
     """The data set called `dataset`, one of KINDS or a folder of pictures, as `Data`.
 
-    root: the folder that holds, or will hold, `<dataset>.npz`. Raises ValueError
-    for a file that is damaged or of another form, FileNotFoundError where there
-    is none and it cannot be downloaded, OSError where the folder cannot be used.
+    root: the folder that holds, or will hold, `<dataset>.npz`; classes: those that a
+    network tells apart, which a folder may have no longer. Raises ValueError for other
+    classes and for a file that is damaged or of another form, FileNotFoundError where
+    there is none and it cannot be downloaded, OSError where the folder cannot be used.
     """
     if dataset not in KINDS:
         kind, data = read_folder(dataset)
+        if classes is not None and tuple(classes) != tuple(kind.classes):
+            raise ValueError(f"{dataset} has the classes {', '.join(kind.classes)}, and the network tells "
+                             f"{', '.join(classes)} apart; bring back the folders that it was trained on")
         return check(data, kind, dataset)
     path = Path(root) / f"{dataset}.npz"
     if path.exists():
@@ -209,7 +213,7 @@ def read_digits():
 
 def write_npz(path, data):
     """Write `data` for the next start: whole or not at all."""
-    partial = path.with_suffix(".partial.npz")
+    partial = path.with_suffix(f".{os.getpid()}.partial.npz")       # two processes may write at once
     try:
         np.savez(partial, **data._asdict())
         os.replace(partial, path)

@@ -14,6 +14,8 @@ import inspect
 import io
 import json
 import platform
+import shlex
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -118,7 +120,7 @@ def start(script, description, table, recipes, argv):
         check_position(settings, state)
     parallel.refuse(settings["batch_size"], alone(table, settings))
     run = prepare(settings, state)
-    with resumable(run, ends=settings["dry_run"]):
+    with resumable(run, ends=settings["dry_run"]), enough_memory(settings):
         announce(run)
     return None if settings["dry_run"] else run
 
@@ -169,6 +171,10 @@ def prepare(settings, state):
     start_from = settings["start"] or settings["cycle_settings"].get("input_model_path")
     if state is None and start_from:
         load_start(model, architecture, start_from, settings["dataset"], kind, settings["force"])
+        zeros = pruning.sparsity_of(model)
+        if zeros > 0.005 and parallel.leads():
+            print(f"note: {100 * zeros:.0f} % of the weights in {start_from} are zero; they train as the others do, "
+                  "until this run prunes them", file=sys.stderr)
     elif state is None and hasattr(model, "whiten"):
         model.whiten(torch.cat([images for images, _ in calibration]))
     check_resize(model, image_shape(kind), settings["resize"])
@@ -288,8 +294,9 @@ def write_config(run):
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
               "source": run_files.sources_of(Path(__file__).resolve().parent)}
     if run.made is None and (run.out / "config.json").exists():
-        first = json.loads((run.out / "config.json").read_text())
-        config |= {"started": first.get("started"), "resumed": [*first.get("resumed", []), config["started"]]}
+        with checkpoint.noted():              # all that counts is in last.pt
+            first = checkpoint.read_json(run.out / "config.json")
+            config |= {"started": first.get("started"), "resumed": [*first.get("resumed", []), config["started"]]}
     checkpoint.write(run.out / "config.json", json.dumps(config, indent=1).encode())
 
 
@@ -381,7 +388,20 @@ def finish(run):
         if path:
             checkpoint.save(path, {**network, "dataset": run.settings["dataset"], "kind": cifar10.plain(run.kind)})
     print(f"{run.out}/model.pt: {100 * pruning.sparsity_of(run.model):.2f} % zeros, validation accuracy "
-          f"{run.history[-1]['validation_accuracy']:.2f} %; next: python test.py --checkpoint {run.out}/model.pt")
+          f"{run.history[-1]['validation_accuracy']:.2f} %; next: python test.py --checkpoint "
+          f"{shlex.quote(f'{run.out}/model.pt')}")
+
+
+@contextmanager
+def enough_memory(settings):
+    """A block in which memory that runs out is an error that names the batch size, and a smaller one."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if "out of memory" in str(problem) or "can't allocate memory" in str(problem):
+            raise RuntimeError(f"out of memory with --batch-size {settings['batch_size']}; "
+                               f"try {max(1, settings['batch_size'] // 2)}") from None
+        raise
 
 
 @contextmanager
@@ -402,7 +422,7 @@ def resumable(run, ends=True):
         if not (run.out / "last.pt").exists():
             raise KeyboardInterrupt("nothing was saved before the first epoch's end") from None
         raise KeyboardInterrupt(f"{run.out}/last.pt holds {len(run.history)} whole epochs, go on with: python "
-                                f"{run.settings['script']} --resume --out {run.out}") from None
+                                f"{run.settings['script']} --resume --out {shlex.quote(str(run.out))}") from None
     finally:
         if ends:
             folders.let_go(run.out)

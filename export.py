@@ -163,7 +163,7 @@ def main(argv):
         if state["assumed"]:
             state["dataset"] = dataset
         needed = not arguments.no_compare or ending_of(target) == ".int8.onnx"
-        data = cifar10.load(dataset, arguments.data) if needed else None
+        data = cifar10.load(dataset, arguments.data, kind.classes) if needed else None
         forward, removed = export(model, state, target, data)
     before, after = os.path.getsize(source), os.path.getsize(target)
     print(f"{source}: {before:,} bytes -> {target}: {after:,} bytes, {before / after:.1f} times smaller"

@@ -111,7 +111,7 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
     channel at least, a layer of groups one in each and as many in all. Returns
     {space: (channels before, after, held by the groups)}.
     """
-    spaces, found = reducible(model), {}
+    spaces, found = trained_spaces(model), {}
     for space in spaces if turn is None else [spaces[turn % len(spaces)]]:
         parts = (read_weights(model, space, space["readers"][0]) if columns and space["readers"]
                  else made_weights(model, space))
@@ -129,6 +129,11 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
         if len(keep) < len(norms):
             shrinking.remove(model, space, keep, average, optimizer, masks)
     return found
+
+
+def trained_spaces(model):
+    """`shrinking.reducible` without the filters that do not train, whose length says nothing: a whitening stem's."""
+    return [space for space in reducible(model) if model.get_submodule(space["makers"][0]).weight.requires_grad]
 
 
 def neurons(norm):
@@ -252,7 +257,7 @@ class Pruner:
         """The channel spaces to prune; ValueError that names a layer which cannot be."""
         if not hasattr(model, "channels"):
             raise ValueError(f"a {type(model).__name__} does not say which layers share channels: it needs channels()")
-        spaces = {space["name"]: space for space in reducible(model)}
+        spaces = {space["name"]: space for space in trained_spaces(model)}
         chosen = self.settings["layers"]
         refused = [name for name in chosen or () if name not in spaces]
         if refused:

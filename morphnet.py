@@ -57,6 +57,15 @@ def spaces_of(model):
     return spaces
 
 
+def refuse_fixed_scales(model, name):
+    """ValueError where batch norm's scales do not train: the penalty, which is on them, would move nothing."""
+    fixed = [norm for space in spaces_of(model) for norm in space["norms"]
+             if not model.get_submodule(norm).weight.requires_grad]
+    if fixed:
+        raise ValueError(f"--pruning morphnet: the scales of {name}'s batch norms are fixed ({fixed[0]}), and it is by "
+                         "them that MorphNet searches; choose another --model or --pruning")
+
+
 def blocks_of(model):
     """{space: residual block} of the spaces within branches, those that may go to width 0."""
     channels = model.channels()

@@ -9,6 +9,7 @@ import copy
 
 import torch
 
+import binaryconnect
 import cifar10
 import models
 import pruning
@@ -52,6 +53,9 @@ def architecture_of(settings):
     architecture = {"name": name, "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
     if name in resnet_factorized.NETWORKS:
         architecture |= {"groups": settings["groups"], "shuffle": settings["shuffle"]}
+        for word in ("activation", "pooling", "shortcut"):
+            if settings[word] != SETTINGS[word].default:
+                raise ValueError(f"--{word} {settings[word]}: {name} has no {word} to choose; leave it out")
     else:
         check_name(name)
         offered = {"size": kind.shape[0], **{word: settings[word] for word in ("activation", "pooling", "shortcut")}}
@@ -88,6 +92,7 @@ def network_of(path, state, device):
             integer_inference.load_packed(model, state, path)
         else:
             checkpoint.load_weights(model, state["architecture"], state)
+            as_validated(model, state)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
         if not isinstance(problem, ValueError):
@@ -95,6 +100,15 @@ def network_of(path, state, device):
         named = "" if str(path) in reason else f"{path} holds no network that can be built: "
         raise ValueError(named + reason) from None
     return model.eval().to(device), state
+
+
+def as_validated(model, state):
+    """Give a network of an unfinished run that trains with signs its signs: real weights are what it steps on."""
+    settings = state.get("settings") or {}
+    if settings.get("weights") == "binary":
+        masks = {name: mask.to(torch.bool) for name, mask in (state.get("masks") or {}).items()}
+        binaryconnect.BC(model, settings["binary_scale"], masks=masks).binarization()
+        state["weights"] = checkpoint.weights_of(model)
 
 
 def read_network(path):
@@ -181,6 +195,8 @@ def load_start(model, architecture, path, dataset, kind, force=False):
         raise ValueError(f"{path} is packed: its integers do not train; start from the model.pt that it came from")
     refuse_misfit(f"the network in {path}", state["architecture"], dataset, kind)
     refuse_stranger(f"the network in {path}", state["dataset"], dataset, force)
+    if state.get("average"):              # of an unfinished run: what it was validated with, as `load_network` has it
+        state["weights"] = state["average"]
     checkpoint.load_weights(model, quantization.without_bits(architecture), quantization.without_steps(state))
 
 

@@ -243,7 +243,7 @@ def parse(argv):
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="a run's model.pt or last.pt, or a compact file (the newest run's)")
     parser.add_argument("--model", metavar="NETWORK", help="an untrained network instead, by name")
-    parser.add_argument("--dataset", default="cifar10", help="whose images it takes")
+    parser.add_argument("--dataset", help="whose images it takes (those it was trained on; untrained: cifar10)")
     parser.add_argument("--groups", type=int, default=8, help="of the untrained network")
     parser.add_argument("--classes", type=int, help="of the untrained network (the data set's)")
     parser.add_argument("--bits", type=int, nargs="+", default=[16], help="of weights, and of activations (16)")
@@ -253,8 +253,12 @@ def parse(argv):
     arguments = parser.parse_args(argv)
     if not 1 <= len(arguments.bits) <= 2 or not all(1 <= bits <= 32 for bits in arguments.bits):
         raise ValueError(f"--bits {' '.join(map(str, arguments.bits))}: one or two numbers from 1 to 32")
+    if arguments.classes is not None and arguments.classes < 1:
+        raise ValueError(f"--classes {arguments.classes}: a network tells one class apart at least")
     if arguments.model and arguments.checkpoint:
         raise ValueError("--model and --checkpoint exclude each other: one network is profiled")
+    if arguments.model:
+        arguments.dataset = arguments.dataset or "cifar10"
     return arguments
 
 
@@ -262,7 +266,12 @@ def untrained(arguments):
     """The network that --model names, for images and classes of --dataset."""
     architecture = architecture_of({**DEFAULTS, "dataset": arguments.dataset, "model": arguments.model,
                                     "groups": arguments.groups, "shuffle": True})
-    return build(**architecture | ({"num_classes": arguments.classes} if arguments.classes else {}))
+    model = build(**architecture | ({"num_classes": arguments.classes} if arguments.classes else {}))
+    with torch.no_grad():                 # one that starts with zeros in its weights does not keep them
+        for layer in model.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.weight.normal_()
+    return model
 
 
 def main(argv):
@@ -270,14 +279,14 @@ def main(argv):
     arguments = parse(argv)
     if arguments.model:
         model, source = untrained(arguments), "untrained"
-        dataset = "cifar100" if arguments.classes == 100 else arguments.dataset
+        dataset = "cifar100" if (arguments.dataset, arguments.classes) == ("cifar10", 100) else arguments.dataset
         kind = cifar10.kind_of(dataset)
     else:
         source = find_checkpoint(arguments.checkpoint)
         if arguments.csv:
             checkpoint.refuse_same(source, arguments.csv, "--csv")
         model, state = load_network(source)
-        dataset, kind = data_of(source, state)
+        dataset, kind = data_of(source, state, arguments.dataset)
     height, width, channels = kind.shape
     rows = count_layers(model, (channels, height, width))
     totals = totals_of(rows, arguments.bits[0], arguments.bits[-1], dataset)

@@ -48,7 +48,8 @@ def read_run(folder):
             "recipe": settings["recipe"], "distilled": bool(settings.get("teacher")),
             "continued": bool(settings.get("start") or (settings.get("cycle_settings") or {}).get("input_model_path")),
             "device": config["device"], "other_settings": unusual(settings), "settings": comparable(settings),
-            "validation_accuracy": history["validation_accuracy"].iloc[-1], "test_accuracy": test.get("accuracy"),
+            "validation_accuracy": row_of_result(history, settings, profile)["validation_accuracy"],
+            "test_accuracy": test.get("accuracy"),
             "pflop": history["pflop"].iloc[-1] if "pflop" in history else None,
             "precision": test.get("precision"), "minutes": history["seconds"].sum() / 60,
             "parameters": profile.get("parameters"), "nonzero": profile.get("nonzero"),
@@ -56,6 +57,12 @@ def read_run(folder):
             "macs_removed": profile.get("macs_removed"), "score_course": profile.get("score_course"),
             "bytes": (test.get("bytes") or {}).get("compressed"), "history": history, "layers": profile.get("layers"),
             "seed": settings["seed"], "started": config.get("started")}
+
+
+def row_of_result(history, settings, profile):
+    """The last row; of an L1 cycle, which ends with a network that it refuses, the last of the size that was kept."""
+    kept = history.get("parameters", pd.Series(dtype=float)) == profile.get("parameters")
+    return history[kept].iloc[-1] if settings.get("pruning") == "l1_cycle" and kept.any() else history.iloc[-1]
 
 
 def comparable(settings):

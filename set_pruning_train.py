@@ -96,10 +96,12 @@ def check_pruning(settings, model, masks, round_, steps, shape):
     if how in GRADUAL and settings["epochs"][0] * steps < 2:
         raise ValueError(f"--pruning {how} prunes between the first and the last step, and this run has one; give it "
                          "more --epochs or a smaller --batch-size")
-    if how == "filters" and not filter_pruning.reducible(model):
+    if how == "filters" and not filter_pruning.trained_spaces(model):
         raise ValueError(f"--pruning filters: {settings['model']} has no layer that can lose filters")
     if how == "l1_cycle":
         filter_pruning.Pruner(settings["cycle_settings"]).check(model)
+    if how == "morphnet":
+        morphnet.refuse_fixed_scales(model, settings["model"])
     if how == "morphnet" and start_search(settings, round_, model, shape):
         check_budget(settings, model, start_search(settings, round_, model, shape))
 

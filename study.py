@@ -45,7 +45,8 @@ def train_arm(arm, flags, seed, folder):
     if (folder / "finished").exists():
         return
     if not (folder / "last.pt").exists():
-        (folder / "config.json").unlink(missing_ok=True)          # of a run that ended within its first epoch
+        for name in ("config.json", "history.csv", "views.pt"):   # of a run that ended within its first epoch
+            (folder / name).unlink(missing_ok=True)
     script, *own = shlex.split(arm["run"].replace("{seed}", str(seed)))
     command = [script, "--resume"] if (folder / "last.pt").exists() else [script, *shlex.split(flags), *own,
                                                                          "--seed", str(seed)]

@@ -59,12 +59,14 @@ def bytes_of(path, model, network):
 
 def sizes_of(network):
     """Bytes of the network as a file on disk: in float32, in half precision, and compact (`packing.compact`)."""
-    halves = packing.to_half(network["weights"])
     singles = {name: tensor.float() if tensor.is_floating_point() else tensor
                for name, tensor in network["weights"].items()}
-    return {"float32": len(checkpoint.bytes_of({**network, "weights": singles})),
-            "half": len(checkpoint.bytes_of({**network, "weights": halves})),
-            "compressed": len(checkpoint.compact_bytes(network))}
+    sizes = {"float32": len(checkpoint.bytes_of({**network, "weights": singles}))}
+    with checkpoint.noted():              # a weight beyond what half precision holds: the other sizes count
+        halves = packing.to_half(network["weights"])
+        sizes |= {"half": len(checkpoint.bytes_of({**network, "weights": halves})),
+                  "compressed": len(checkpoint.compact_bytes(network))}
+    return sizes
 
 
 def draw_confusion(path, result):
@@ -134,7 +136,7 @@ def main(argv):
     dataset, kind = data_of(path, network, arguments.dataset)
     if not arguments.json:
         print(f"network: {path}, trained on {network['dataset']}")
-    data = cifar10.load(dataset, arguments.data)
+    data = cifar10.load(dataset, arguments.data, kind.classes)
     result = {"checkpoint": str(path), "dataset": dataset, "device": commandline.device_name(device),
               **test_network(model, data, kind, arguments.precision, device, arguments.batch_size, arguments.limit),
               "bytes": bytes_of(path, model, network)}
@@ -144,7 +146,8 @@ def main(argv):
     if picture:
         with checkpoint.noted():
             draw_confusion(picture, result)
-    if of_run and not arguments.limit:
+    own = dataset == network["dataset"] and (path.name == "model.pt" or not (path.parent / "model.pt").exists())
+    if of_run and own and not arguments.limit:
         with checkpoint.noted():
             measured = {**result, "sha256": checkpoint.sha256_of(path)}
             checkpoint.merge_json(path.parent / "report.json", {"test": measured})

@@ -21,7 +21,18 @@ from engine.averages import update_average
 from engine.finite import count_finite, refuse_counted, refuse_nonfinite, refuse_nonfinite_state
 from engine.folders import newest
 from engine.settings import Setting, defaults_of, joined, line, without_flags
-from experiment import MIXINGS, autocast, begin_round, finish, lay_out, masked_weights, resumable, save, start
+from experiment import (
+    MIXINGS,
+    autocast,
+    begin_round,
+    enough_memory,
+    finish,
+    lay_out,
+    masked_weights,
+    resumable,
+    save,
+    start,
+)
 from networks import image_shape
 from set_distillation_train import ask, distilled, teach
 from set_pruning_train import GRADUAL, prune_on_schedule, ranks_at, reduce_filters, search_penalty
@@ -86,7 +97,8 @@ SETTINGS = joined({
     "mix_per_sample": Setting(False, "each image is mixed with its own draw"),
     "averaging": line("ema", ("ema", "none")),
     "ema_decay": Setting(0.998, "of the averaged weights, in a step", low=0, high=1),
-    "flips": line("random", ("random", "alternating")),
+    "flips": line("random", ("random", "alternating"), clashes=(
+        (("alternating",), "recipe", ("published",), "which mirrors images by a draw; leave one out"),)),
     "pad": Setting(4, "pixels by which a crop may be off", low=0, high=16),
     "label_smoothing": Setting(0.1, "of the cross-entropy", low=0, high=1),
     "recalibrate": Setting(False, "recompute batch norm's statistics on training images after pruning and each round"),
@@ -133,18 +145,13 @@ def fit(run):
         take_views(run)
     epochs = run.settings["epochs"][run.round]
     images = len(run.train) * run.settings["batch_size"]
-    try:
-        with tqdm(total=epochs * images, initial=run.epoch * images, unit="image", unit_scale=True,
-                  desc=f"round {run.round + 1}", disable=not (sys.stderr.isatty() and parallel.leads())) as bar:
-            while run.epoch < epochs:
-                row = run_epoch(run, bar)
-                if bar.disable:
-                    print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    except RuntimeError as problem:
-        if "out of memory" in str(problem) or "can't allocate memory" in str(problem):
-            raise RuntimeError(f"out of memory with --batch-size {run.settings['batch_size']}; "
-                               f"try {max(1, run.settings['batch_size'] // 2)}") from None
-        raise
+    with enough_memory(run.settings), tqdm(
+            total=epochs * images, initial=run.epoch * images, unit="image", unit_scale=True,
+            desc=f"round {run.round + 1}", disable=not (sys.stderr.isatty() and parallel.leads())) as bar:
+        while run.epoch < epochs:
+            row = run_epoch(run, bar)
+            if bar.disable:
+                print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     if run.average is not None:
         run.model.load_state_dict(run.average.state_dict())
 
@@ -294,13 +301,29 @@ def count_operations(run, shown, images):
 
 def take_views(run):
     """Give the training batches the views of --teacher-views with the teacher's answers: asked once, kept in a file."""
-    path = run.out / "views.pt"
-    if run.train.views is None and not path.exists():
-        found = ask(run.teacher, run.train, run.settings["teacher_views"], autocast(run.device, run.dtype))
-        checkpoint.save(path, found)
-    if run.train.views is None:
+    if run.train.views is not None:
+        return
+    path, of = run.out / "views.pt", views_of(run)
+    if parallel.agreed(path.exists()):
         held = checkpoint.read(path)
-        run.train.views, run.train.answers = (held[name].to(run.device) for name in ("views", "answers"))
+        changed = [name for name in of if held.get("of", of).get(name) != of[name]]       # an older file does not say
+        if changed:
+            raise ValueError(f"{path} was asked with another {changed[0]}: give the one of the run's beginning, or "
+                             "start a new run with another --out")
+    elif run.history:
+        raise FileNotFoundError(f"{path} is gone, from which this run took the teacher's answers; start a new run")
+    else:                                 # every process draws the same views, and one writes them
+        held = ask(run.teacher, run.train, run.settings["teacher_views"], autocast(run.device, run.dtype)) | {"of": of}
+        if parallel.leads():
+            checkpoint.save(path, held)
+    run.train.views, run.train.answers = (held[name].to(run.device) for name in ("views", "answers"))
+
+
+def views_of(run):
+    """{what: its value} of all that the file of --teacher-views depends on."""
+    settings = run.settings
+    return {"teacher": checkpoint.sha256_of(settings["teacher"]), "--pad": settings["pad"],
+            "number of images": len(run.train.chosen), "line FLIPS": settings["flips"]}
 
 
 def networks_of(run):

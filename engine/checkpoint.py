@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -250,7 +251,7 @@ def offer(path):
         read(previous)
     except ValueError:
         return ""
-    return f"; the one before it is whole, go on from it with: cp {previous} {path}"
+    return f"; the one before it is whole, go on from it with: {shlex.join(['cp', str(previous), str(path)])}"
 
 
 def read_json(path):

@@ -56,8 +56,9 @@ def take(out):
 
 
 def give_back(out, made):
-    """Undo `take` where the run has written nothing but its config.json."""
-    (Path(out) / "config.json").unlink(missing_ok=True)
+    """Undo `take` where the run has trained nothing: its config.json goes, and what a teacher was asked."""
+    for path in (Path(out) / "config.json", Path(out) / "views.pt", *Path(out).glob("*.partial")):
+        path.unlink(missing_ok=True)
     remove_empty(made)
 
 

@@ -54,8 +54,10 @@ def restore(run, state):
         schedule.load_state_dict(state["schedule"])
     if by_losses:
         goes_on = before["schedule"] == "plateau"
-        rates = [rate * run.settings["lr"] / before["lr"] if goes_on else base
-                 for rate, base in zip(stood, bases, strict=True)]
+        changed = [run.settings[name] / before[name] for name in
+                   ("muon_lr" if "blocks" in group else "lr" for group in groups)] if goes_on else bases
+        rates = [rate * change if goes_on else base
+                 for rate, change, base in zip(stood, changed, bases, strict=True)]
     else:
         schedule.last_epoch, schedule.base_lrs = run.epoch * len(run.train), bases
         rates = [base * schedule.lr_lambdas[0](schedule.last_epoch) for base in bases]

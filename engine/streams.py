@@ -54,6 +54,9 @@ def guarded():
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
+    for stream in before:
+        with suppress(AttributeError, OSError, ValueError):      # a name that the terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
     streams = Stream(sys.stdout), Stream(sys.stderr)
     sys.stdout, sys.stderr = streams
     try:

@@ -2,15 +2,15 @@
 
 On a CPU with AVX2 and without AVX-512, oneDNN 3.12 (torch 2.14) computes the weight
 gradient of such a convolution of fewer than 8 channels, in channels_last, beyond the end
-of its buffer: the process dies, or computes on with broken memory. Where gradients are
-taken, the pixels that the stride reads are therefore picked first, which is the same
-convolution without a stride.
+of its buffer: the process dies, or computes on with broken memory (uxlfoundation/oneDNN
+issue 6035; with AVX-512 a block has 16). Where gradients are taken, the pixels that the
+stride reads are therefore picked first: the same convolution, without a stride.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-SAFE = 8      # input channels, from which on the gradient stays within its buffer
+SAFE = 16     # input channels: a whole block of them, of the widest kernel
 
 
 def picked(layer, images):
