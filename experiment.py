@@ -78,6 +78,7 @@ class Run:
     form: str = None              # of its grouped convolutions, see `compiling.compute_as`
     layout: torch.memory_format = torch.contiguous_format     # of images and weights in memory
     teacher: torch.nn.Module = None
+    teacher_sha256: str = None
     board: object = None          # TensorBoard's writer, from the first row that is written
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
     made: list = None             # folders made for it, until its first step; None: not to be given back
@@ -190,6 +191,11 @@ def prepare(settings, state):
     if settings["teacher"]:
         run.teacher = load_teacher(settings["teacher"], settings["dataset"], kind, device, settings["force"]).to(
             memory_format=run.layout)
+        run.teacher_sha256 = checkpoint.sha256_of(settings["teacher"])
+        began = (state or {}).get("teacher")              # a run may be older than that
+        if began not in (None, run.teacher_sha256) and not settings["force"]:
+            raise ValueError(f"the teacher in {settings['teacher']} is not the one that the run in {out} began with; "
+                             "--force goes on with it")
     if state is not None:
         restore(run, state)
     check_training(run)
@@ -338,7 +344,7 @@ def state_of(run):
     return {**checkpoint.network_of(run.model, run.architecture), "settings": run.settings,
             "kind": cifar10.plain(run.kind),
             "masks": run.masks, "round": run.round, "epoch": run.epoch, "planned": run.planned, "form": run.form,
-            "device": run.device.type,
+            "device": run.device.type, "teacher": run.teacher_sha256,
             "history": run.history,
             "average": checkpoint.weights_of(run.average) if run.average is not None else None,
             "optimizer": run.optimizer.state_dict(), "schedule": run.schedule.state_dict(),

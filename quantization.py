@@ -181,12 +181,14 @@ def first_weight_step(weight, bits):
     """2 mean|w| / sqrt(Q) for each output channel, (outputs,) (arXiv:1902.08153, section 2.1); of one bit mean|w|.
 
     The mean is of weights that are not zero, or a pruned channel would begin with
-    too small a step; a channel of zeros takes the step of its layer.
+    too small a step; a channel of zeros takes the step of its layer. Where even the largest
+    weight of a channel would round to zero, and so stay there, that weight is the step.
     """
     flat = weight.flatten(1).abs()
     count = (flat > 0).sum(1)
     mean = torch.where(count > 0, flat.sum(1) / count.clamp_min(1), flat.sum() / count.sum().clamp_min(1))
-    return (mean if bits == 1 else 2 * mean / weight_range(bits)[1] ** 0.5).clamp_min(SMALLEST)
+    step, largest = mean if bits == 1 else 2 * mean / weight_range(bits)[1] ** 0.5, flat.amax(1)
+    return torch.where((step >= 2 * largest) & (count > 0), largest, step).clamp_min(SMALLEST)
 
 
 # ---- a network

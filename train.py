@@ -322,7 +322,7 @@ def take_views(run):
 def views_of(run):
     """{what: its value} of all that the file of --teacher-views depends on."""
     settings = run.settings
-    return {"teacher": checkpoint.sha256_of(settings["teacher"]), "--pad": settings["pad"],
+    return {"teacher": run.teacher_sha256, "--pad": settings["pad"],
             "number of images": len(run.train.chosen), "line FLIPS": settings["flips"]}
 
 

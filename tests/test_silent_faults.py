@@ -16,6 +16,7 @@ import filter_pruning
 import models
 import networks
 import profil
+import quantization
 import report
 import study
 import test as half_test
@@ -85,7 +86,26 @@ def test_of_several_processes_all_draw_and_one_writes(teachers, tmp_path, monkey
     assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
 
 
+def test_a_teacher_whose_file_has_changed_is_refused(teachers, tmp_path):
+    given, out = tmp_path / "teacher.pt", tmp_path / "run"
+    shutil.copy(teachers[0], given)
+    train.main([*QUICK, "--teacher", str(given), "--epochs", "2", "--out", str(out)])
+    shutil.copy(teachers[1], given)
+    with pytest.raises(ValueError, match="teacher.pt is not the one that the run in .* began with; --force"):
+        train.main(["--resume", "--out", str(out)])
+    train.main(["--resume", "--force", "--epochs", "3", "--out", str(out)])
+
+
 # ---- networks
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_no_channel_of_few_bits_begins_dead(bits):
+    lone = torch.eye(4).view(4, 4, 1, 1)                        # dirac: one weight a channel
+    for weight in (lone, 0.01 * torch.randn(4, 9, 3, 3), torch.tensor([[0.5], [-2.0], [0.0]])):
+        step = quantization.first_weight_step(weight, bits)
+        codes = (weight.flatten(1) / step[:, None]).round()
+        assert torch.equal(codes.abs().amax(1) > 0, weight.flatten(1).abs().amax(1) > 0)
+
 
 def test_an_unfinished_binary_run_is_read_with_its_signs(tmp_path, monkeypatch):
     flags = [*QUICK, "--weights", "binary", "--epochs", "2", "--limit", "96", "--out", str(tmp_path)]
