@@ -58,7 +58,7 @@ def parameter_groups(model, settings):
     if filters:
         groups.insert(0, {"params": [weight for weight, _ in filters.values()],
                           "blocks": [count for _, count in filters.values()],
-                          "lr": settings["muon_lr"], "momentum": settings["muon_momentum"],
+                          "rate": "muon_lr", "lr": settings["muon_lr"], "momentum": settings["muon_momentum"],
                           "weight_decay": settings["muon_decay"], "keep_norm": settings["keep_norm"]})
     return [group for group in groups if group["params"]]
 

@@ -85,11 +85,12 @@ def choose_arithmetic(wanted, model, images, device):
 
 def has_bfloat16():
     """Whether this CPU multiplies in bfloat16; one that only simulates it is slow."""
-    try:
-        found = torch.cpu.get_capabilities()
-    except AttributeError:                # an older torch
-        return False
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(cpu_instructions().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def cpu_instructions():
+    """{name: whether this CPU has them} of sets of instructions; {} where torch is too old to tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 # ---- grouped convolutions

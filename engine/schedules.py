@@ -54,8 +54,8 @@ def restore(run, state):
         schedule.load_state_dict(state["schedule"])
     if by_losses:
         goes_on = before["schedule"] == "plateau"
-        changed = [run.settings[name] / before[name] for name in
-                   ("muon_lr" if "blocks" in group else "lr" for group in groups)] if goes_on else bases
+        names = [group.get("rate", "lr") for group in own]      # the setting that is the group's rate
+        changed = [run.settings[name] / before[name] for name in names] if goes_on else bases
         rates = [rate * change if goes_on else base
                  for rate, change, base in zip(stood, changed, bases, strict=True)]
     else:

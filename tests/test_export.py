@@ -156,3 +156,12 @@ def test_every_kind_of_network_comes_back_from_every_export(kind, tmp_path):
             assert torch.equal(forward(images), written(images)), ending
             worst = ((forward(images) - expected).abs().mean() / spread).item()
             assert worst <= tolerance + 1e-5, f"{ending}: {worst:.3g} of the logits' spread"
+
+
+@pytest.mark.parametrize("found, machine, expected", [
+    ({"avx2": True, "avx512_vnni": False}, "x86_64", True), ({"avx512_vnni": True}, "x86_64", False),
+    ({"avx_vnni": True}, "AMD64", False), ({}, "x86_64", True), ({}, "arm64", False)])
+def test_weights_have_seven_bits_where_sums_of_eight_may_overflow(found, machine, expected, monkeypatch):
+    monkeypatch.setattr(onnx_files.compiling, "cpu_instructions", lambda: found)
+    monkeypatch.setattr(onnx_files.platform, "machine", lambda: machine)
+    assert onnx_files.sums_overflow() is expected

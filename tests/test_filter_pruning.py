@@ -158,7 +158,7 @@ def test_a_neuron_behind_batch_norm_keeps_its_share(name):
     images, sent = torch.randn(4, 3, 32, 32), []
     norm.register_forward_hook(lambda layer, inputs, output: sent.append(output.detach()))
     model(images)
-    turn = [other["name"] for other in filter_pruning.reducible(model)].index(space["name"])
+    turn = [other["name"] for other in filter_pruning.trained_spaces(model)].index(space["name"])
     before, after, held = reduce_network(model, 0.7, turn=turn, measure="neuron")[space["name"]]
     model(images)
     assert 1 <= after < before == len(shares) and held == 0 and after == int((shares > 0).sum())
