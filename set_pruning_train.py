@@ -102,8 +102,9 @@ def check_pruning(settings, model, masks, round_, steps, shape):
         filter_pruning.Pruner(settings["cycle_settings"]).check(model)
     if how == "morphnet":
         morphnet.refuse_fixed_scales(model, settings["model"])
-    if how == "morphnet" and start_search(settings, round_, model, shape):
-        check_budget(settings, model, start_search(settings, round_, model, shape))
+        search = start_search(settings, round_, model, shape)
+        if search:
+            check_budget(settings, model, search)
 
 
 def check_budget(settings, model, search):
@@ -151,7 +152,6 @@ def reduce_filters(settings, epoch, model, average, optimizer, masks):
     """After `epoch` epochs, every so often and until the stop: weak filters go to zero and leave the network.
 
     They stay from the epoch of --filter-stop on, or once there are no more than --filter-until parameters.
-
     Average, optimizer and masks shrink with it. Returns what left, as text; "" where nothing did.
     """
     small = sum(weight.numel() for weight in model.parameters()) <= settings["filter_until"]

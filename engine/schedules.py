@@ -53,11 +53,9 @@ def restore(run, state):
     if by_losses == (before["schedule"] == "plateau"):
         schedule.load_state_dict(state["schedule"])
     if by_losses:
-        goes_on = before["schedule"] == "plateau"
         names = [group.get("rate", "lr") for group in own]      # the setting that is the group's rate
-        changed = [run.settings[name] / before[name] for name in names] if goes_on else bases
-        rates = [rate * change if goes_on else base
-                 for rate, change, base in zip(stood, changed, bases, strict=True)]
+        rates = bases if before["schedule"] != "plateau" else [
+            rate * run.settings[name] / before[name] for rate, name in zip(stood, names, strict=True)]
     else:
         schedule.last_epoch, schedule.base_lrs = run.epoch * len(run.train), bases
         rates = [base * schedule.lr_lambdas[0](schedule.last_epoch) for base in bases]

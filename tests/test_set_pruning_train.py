@@ -94,10 +94,12 @@ def test_latency_and_parameters_are_costs_too(tmp_path):
     assert 0.3 * 270_896 < size <= 0.5 * 270_896
 
 
+LAYER_BY_LAYER = {"filter_relative": True, "filter_columns": False, "filter_one_layer": True,
+                  "filter_measure": "filter", "epochs": [8]}
+
+
 def test_filters_leave_on_their_epochs_only():
-    settings = {"filter_interval": 2, "filter_stop": 0.5, "epochs": [8], "filter_threshold": 0.99,
-                "filter_relative": True, "filter_columns": False, "filter_one_layer": True,
-                "filter_measure": "filter", "filter_until": 0}
+    settings = {**LAYER_BY_LAYER, "filter_interval": 2, "filter_stop": 0.5, "filter_threshold": 0.99, "filter_until": 0}
     model = networks.build("lenet5")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     left = [set_pruning_train.reduce_filters(settings, epoch, model, None, optimizer, {}) for epoch in range(1, 9)]
@@ -106,9 +108,8 @@ def test_filters_leave_on_their_epochs_only():
 
 
 def test_filters_stay_once_few_parameters_are_left():
-    settings = {"filter_interval": 1, "filter_stop": 1, "epochs": [8], "filter_threshold": 0.9,
-                "filter_relative": True, "filter_columns": False, "filter_one_layer": True,
-                "filter_measure": "filter", "filter_until": 40_000}
+    settings = {**LAYER_BY_LAYER, "filter_interval": 1, "filter_stop": 1, "filter_threshold": 0.9,
+                "filter_until": 40_000}
     model = networks.build("lenet5")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     sizes = []
