@@ -31,7 +31,7 @@ import pruning
 import quantization
 from engine import board, checkpoint, commandline, compiling, folders, parallel, run_files, schedules
 from engine.averages import average_pairs
-from engine.settings import alone, check, defaults_of, to_resume
+from engine.settings import alone, check, defaults_of, flag_of, idle, to_resume
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
 from set_optimizer_train import make_optimizer
 from set_pruning_train import check_position, check_pruning, join_rounds, start_search
@@ -121,6 +121,7 @@ def start(script, description, table, recipes, argv):
         check_position(settings, state)
     parallel.refuse(settings["batch_size"], alone(table, settings))
     run = prepare(settings, state)
+    tell_idle(run, table, given)
     with resumable(run, ends=settings["dry_run"]), enough_memory(settings):
         announce(run)
     return None if settings["dry_run"] else run
@@ -134,6 +135,15 @@ def fresh_settings(script, table, lines, recipes, given):
     settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
     join_rounds(settings, "sparsity" in given)
     return settings
+
+
+def tell_idle(run, table, given):
+    """A note for each flag that changes nothing, because the technique it belongs to is off."""
+    found = idle(table, run.settings, given)
+    found += [f"{flag_of(name, given[name])} changes nothing: {run.settings['model']} has no {name}"
+              for name in ("groups", "shuffle") if name in given and name not in run.architecture]
+    for sentence in found if parallel.leads() else ():
+        print(f"note: {sentence}", file=sys.stderr)
 
 
 def check_settings(table, settings):

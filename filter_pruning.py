@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from engine import checkpoint, folders, shrinking
-from engine.settings import Setting, check_value, defaults_of
+from engine.settings import Setting, check_value, defaults_of, only
 from engine.shrinking import (  # noqa: F401  (published together)
     made_weights,
     read_weights,
@@ -30,7 +30,7 @@ from engine.shrinking import (  # noqa: F401  (published together)
 )
 
 SHRINKING = ("filters", "l1_cycle", "morphnet")      # of the lines PRUNING, those by which whole channels leave
-SETTINGS = {
+SETTINGS = only("pruning", ("filters",), {
     "filter_threshold": Setting(0.1, "how much shorter a filter gets: a share of its layer's longest, or a norm",
                                 low=0),
     "filter_relative": Setting(True, "threshold by layer"),
@@ -42,11 +42,12 @@ SETTINGS = {
     "filter_interval": Setting(2, "epochs from one removal to the next", low=1),
     "filter_stop": Setting(0.6, "share of the training after which filters stay", low=0, high=1),
     "filter_until": Setting(0, "parameters at which they stay, should the network have no more sooner", low=0),
-    "cycle": Setting(None, "settings of the L1 cycle, see filter_pruning.CYCLE", form=str, shown="JSON", fixed=True),
+    "cycle": Setting(None, "settings of the L1 cycle, see filter_pruning.CYCLE", form=str, shown="JSON", fixed=True,
+                     only=("pruning", ("l1_cycle",))),
     "cycle_settings": Setting({}),
     "stop_loss": Setting(None, "validation loss that ends the L1 cycle (a tenth above that before the first removal)",
-                         low=0, form=float),
-}
+                         low=0, form=float, only=("pruning", ("l1_cycle",))),
+})
 
 
 # ---- for a loop of one's own: weak outputs go to zero

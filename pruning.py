@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from engine.settings import Setting, line
+from engine.settings import Setting, line, only
 
 # ---- scores: of a weight tensor, of its shape; the largest stay. SCORE = "l1" calls l1_scores, and so on
 
@@ -39,14 +39,16 @@ def lamp_scores(weight):
 
 
 SCORES = {name.removesuffix("_scores"): score for name, score in list(globals().items()) if name.endswith("_scores")}
-SETTINGS = {
+GRADUAL = ("polynomial", "constant")      # of the lines PRUNING, those that prune weights while training, by a schedule
+SETTINGS = only("pruning", ("rounds", *GRADUAL), {
     "score": line("l1", tuple(SCORES)),
     "minimum_density": Setting(0.01, "share of each layer that is never pruned", low=0, high=1),
     "exclude": Setting([], "layers that are never pruned, such as conv1", form=str, many="+", shown="LAYER"),
-    "prune_begin": Setting(0.1, "share of the training at which gradual pruning begins", low=0, high=1),
-    "prune_end": Setting(0.6, "and at which it ends", low=0, high=1),
-    "prune_frequency": Setting(100, "and the steps between", low=1),
-}
+    "prune_begin": Setting(0.1, "share of the training at which gradual pruning begins", low=0, high=1,
+                           only=("pruning", GRADUAL)),
+    "prune_end": Setting(0.6, "and at which it ends", low=0, high=1, only=("pruning", GRADUAL)),
+    "prune_frequency": Setting(100, "and the steps between", low=1, only=("pruning", GRADUAL)),
+})
 
 
 # ---- which weights stay

@@ -13,7 +13,7 @@ from torch import nn
 
 import quantization
 from engine import compiling, shrinking
-from engine.settings import Setting, line
+from engine.settings import Setting, line, only
 
 SETTINGS = {
     "optimizer": line("sgd", ("sgd", "muon"), fixed=True),
@@ -22,10 +22,12 @@ SETTINGS = {
     "nesterov": Setting(True),
     "weight_decay": Setting(5e-4, "of SGD", low=0),
     "bias_lr": Setting(1.0, "learning rate of biases, as a multiple of --lr", low=1e-6, fixed=True),
-    "muon_lr": Setting(0.02, "learning rate of the filters", low=1e-12),
-    "muon_momentum": Setting(0.9, "of the filters", low=0, high=1),
-    "muon_decay": Setting(0.1, "weight decay of the filters, times their rate", low=0),
-    "keep_norm": Setting(False, "Muon: each filter bank keeps one norm, in place of weight decay"),
+    **only("optimizer", ("muon",), {
+        "muon_lr": Setting(0.02, "learning rate of the filters", low=1e-12),
+        "muon_momentum": Setting(0.9, "of the filters", low=0, high=1),
+        "muon_decay": Setting(0.1, "weight decay of the filters, times their rate", low=0),
+        "keep_norm": Setting(False, "Muon: each filter bank keeps one norm, in place of weight decay"),
+    }),
 }
 COEFFICIENTS = 3.4445, -4.7750, 2.0315      # of the quintic iteration; singular values end between 0.7 and 1.2
 ITERATIONS = 5

@@ -10,16 +10,16 @@ import math
 import filter_pruning
 import morphnet
 import pruning
-from engine.settings import Setting, joined, line
+from engine.settings import Setting, joined, line, only
 from filter_pruning import SHRINKING
+from pruning import GRADUAL
 
-GRADUAL = ("polynomial", "constant")      # weights pruned while training, by a schedule; otherwise between rounds
 SETTINGS = joined({
     "pruning": line("none", ("rounds", *GRADUAL, *SHRINKING), alone=(
         SHRINKING, "shrinks the network, which takes one process: run it without torchrun")),
     "sparsity": Setting([], "share of the remaining weights pruned after a round", low=0, below=1, form=float,
                         many="+"),
-}, pruning.SETTINGS, filter_pruning.SETTINGS, morphnet.SETTINGS)
+}, pruning.SETTINGS, filter_pruning.SETTINGS, only("pruning", ("morphnet",), morphnet.SETTINGS))
 
 
 # ---- before any training

@@ -20,7 +20,7 @@ from engine import checkpoint, commandline, compiling, operations, parallel
 from engine.averages import update_average
 from engine.finite import count_finite, refuse_counted, refuse_nonfinite, refuse_nonfinite_state
 from engine.folders import newest
-from engine.settings import Setting, defaults_of, joined, line, without_flags
+from engine.settings import Setting, defaults_of, joined, line, only, without_flags
 from experiment import (
     MIXINGS,
     autocast,
@@ -92,14 +92,17 @@ SETTINGS = joined({
                           clashes=(((), "recipe", ("published",), "which keeps its own batches; leave one out"),)),
     "seed": Setting(0, "of weights, shuffling, augmentation and mixing", low=0, high=2**63 - 1, fixed=True),
     "mixing": line("cutmix", (*MIXINGS, "none")),
-    "mix_probability": Setting(0.5, "share of the batches, or images, that are mixed", low=0, high=1),
-    "mix_alpha": Setting(1.0, "shares of two images are drawn from Beta(alpha, alpha)", low=0),
-    "mix_per_sample": Setting(False, "each image is mixed with its own draw"),
+    **only("mixing", MIXINGS, {
+        "mix_probability": Setting(0.5, "share of the batches, or images, that are mixed", low=0, high=1),
+        "mix_alpha": Setting(1.0, "shares of two images are drawn from Beta(alpha, alpha)", low=0),
+        "mix_per_sample": Setting(False, "each image is mixed with its own draw"),
+    }),
     "averaging": line("ema", ("ema", "none")),
-    "ema_decay": Setting(0.998, "of the averaged weights, in a step", low=0, high=1),
+    "ema_decay": Setting(0.998, "of the averaged weights, in a step", low=0, high=1, only=("averaging", ("ema",))),
     "flips": line("random", ("random", "alternating"), clashes=(
         (("alternating",), "recipe", ("published",), "which mirrors images by a draw; leave one out"),)),
-    "pad": Setting(4, "pixels by which a crop may be off", low=0, high=16),
+    "pad": Setting(4, "pixels by which a crop may be off", low=0, high=16, clashes=(
+        ((), "recipe", ("published",), "which crops by 4; leave one out"),)),
     "label_smoothing": Setting(0.1, "of the cross-entropy", low=0, high=1),
     "recalibrate": Setting(False, "recompute batch norm's statistics on training images after pruning and each round"),
     "compile": Setting("auto", "auto: where it pays and a compiler is there", choices=("auto", "on", "off"),

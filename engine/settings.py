@@ -22,7 +22,8 @@ class Setting(NamedTuple):
     line: a technique line chooses it. free: may differ when a run goes on, and says
     nothing of the method; fixed: not even --force changes it then. clashes: (own
     values, or () for any but the default; another setting; values of that; why);
-    alone: (values, why) that several processes cannot train with.
+    alone: (values, why) that several processes cannot train with. only: (another
+    setting, its values, or () for any but the default) without which it changes nothing.
     """
 
     default: object = None
@@ -40,6 +41,7 @@ class Setting(NamedTuple):
     fixed: bool = False
     clashes: tuple = ()
     alone: tuple = ((), "")
+    only: tuple = ()
 
     @property
     def kind(self):
@@ -73,6 +75,11 @@ def joined(*tables):
 def without_flags(table):
     """The same settings for a script in which they have neither flags nor technique lines, and keep their defaults."""
     return {name: setting._replace(help=None, line=False) for name, setting in table.items()}
+
+
+def only(name, values, table):
+    """The table, of whose settings all that need no other change nothing unless the setting `name` has such a value."""
+    return {own: setting._replace(only=setting.only or (name, tuple(values))) for own, setting in table.items()}
 
 
 def with_defaults(table, **defaults):
@@ -174,6 +181,21 @@ def alone(table, settings):
     """Why these settings take one process, as sentences; an empty list where several can train with them."""
     return [f"{flag_of(name, settings[name])} {setting.alone[1]}" for name, setting in table.items()
             if settings[name] in setting.alone[0]]
+
+
+def idle(table, settings, given):
+    """What is `given` by a flag, is not the default, and changes nothing beside the other settings, as sentences."""
+    found = []
+    for name in given:
+        setting = table[name]
+        if not setting.only or settings[name] == setting.default:
+            continue
+        other, values = setting.only
+        theirs = settings[other]
+        if theirs not in values if values else theirs == table[other].default:
+            need = flag_of(other, " or ".join(map(str, values)) if values else table[other].shown or "...")
+            found.append(f"{flag_of(name, settings[name])} changes nothing without {need}")
+    return found
 
 
 # ---- a run that goes on

@@ -337,3 +337,25 @@ def test_two_processes_write_a_data_set_under_names_of_their_own(tmp_path, monke
         monkeypatch.setattr(cifar10.os, "getpid", lambda number=number: number)
         cifar10.write_npz(tmp_path / "digits.npz", data)
     assert len(set(names)) == 2 and [path.name for path in tmp_path.iterdir()] == ["digits.npz"]
+
+
+# ---- flags that change nothing
+
+def test_a_flag_of_a_technique_that_is_off_is_told(tmp_path, capsys):
+    train.start(train.__file__, "", train.SETTINGS, train.RECIPES,
+                [*QUICK, "--weight-bits", "3", "--out", str(tmp_path / "a")])
+    assert "note: --weight-bits 3 changes nothing without --weights lsq\n" in capsys.readouterr().err
+    train.start(train.__file__, "", train.SETTINGS, train.RECIPES,
+                [*QUICK, "--weight-bits", "3", "--weights", "lsq", "--out", str(tmp_path / "b")])
+    assert "changes nothing" not in capsys.readouterr().err
+
+
+def test_groups_for_a_network_without_them_are_told(tmp_path, capsys):
+    train.start(train.__file__, "", train.SETTINGS, train.RECIPES,
+                [*QUICK, "--model", "lenet5", "--groups", "4", "--out", str(tmp_path / "a")])
+    assert "note: --groups 4 changes nothing: lenet5 has no groups\n" in capsys.readouterr().err
+
+
+def test_the_published_recipe_refuses_a_crop_of_ones_own():
+    with pytest.raises(ValueError, match="--pad 2 does not go with --recipe published, which crops by 4"):
+        train.start(train.__file__, "", train.SETTINGS, train.RECIPES, [*QUICK, "--recipe", "published", "--pad", "2"])

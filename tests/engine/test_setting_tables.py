@@ -140,3 +140,41 @@ def test_the_engine_knows_no_technique_by_name():
                 if isinstance(node, ast.Constant) and isinstance(node.value, str)}
         held -= {"sparsity"} if path.stem == "run_plots" else set()      # a column of history.csv
         assert path.stem == "run_files" or not held & words, (path.name, held & words)      # the form of files
+
+
+# ---- a flag whose technique is off
+
+ONLY = [(name, setting) for name, setting in train_pruning.SETTINGS.items() if setting.only and setting.help]
+OTHER = {float: 0.125, int: 3, bool: True, str: "a"}
+
+
+def other_than_default(setting):
+    """A value that a setting may have besides its default."""
+    if setting.choices:
+        return next(value for value in setting.choices if value != setting.default)
+    value = not setting.default if setting.kind is bool else OTHER[setting.kind]
+    return [value] if setting.many else value
+
+
+@pytest.mark.parametrize("name, setting", ONLY, ids=[name for name, _ in ONLY])
+def test_a_flag_says_so_where_it_changes_nothing_and_only_there(name, setting):
+    value, (other, values) = other_than_default(setting), setting.only
+    rival = train_pruning.SETTINGS[other]
+    wake = values or (other_than_default(rival),)
+    sleep = (*(set(rival.choices or ()) - set(values)), *([] if values else [rival.default]))
+    assert wake and sleep
+    for theirs in (*wake, *sleep):
+        mixed = {**train.DEFAULTS, name: value, other: theirs}
+        told = settings.idle(train_pruning.SETTINGS, mixed, {name: value})
+        assert len(told) == (theirs in sleep)
+        assert all(sentence.startswith(f"--{name.replace('_', '-')} ") and f"without --{other}" in sentence
+                   for sentence in told)
+        assert settings.idle(train_pruning.SETTINGS, mixed, {}) == []
+
+
+def test_settings_that_belong_to_a_technique_are_marked_in_its_table():
+    marked = dict(ONLY)
+    assert {"weight_bits", "muon_lr", "mix_alpha", "resize_until", "temperature", "morph_budget", "filter_stop",
+            "stop_loss", "prune_end", "minimum_density", "binary_scale", "ema_decay", "peak"} <= marked.keys()
+    assert marked["prune_end"].only[1] == ("polynomial", "constant")       # its own mark, not the table's
+    assert not marked.keys() & {"lr", "momentum", "epochs", "batch_size", "weights", "groups"}
