@@ -7,7 +7,7 @@
     BC(model).clip()                          # real weights stay within [-H, H]
 
 Courbariaux et al. 2015 (arXiv:1511.00363), algorithm 1. Every convolution and
-linear weight is binary; batch norm and biases stay real. With pruning masks the
+linear weight that trains is binary; batch norm, biases and a stem that was set once stay real. With pruning masks the
 values are -H, 0 and +H. `BC` offers the same under its customary names.
 """
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ from torch import nn
 
 
 def binary_weights(model):
-    """{name: weight} of every convolution and linear layer."""
+    """{name: weight} of every convolution and linear layer that trains; a whitening stem is as it was set."""
     return {f"{name}.weight": module.weight for name, module in model.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.Linear))}
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.requires_grad}
 
 
 def scale_of(weight, scale):

@@ -33,8 +33,8 @@ from engine import board, checkpoint, commandline, compiling, folders, parallel,
 from engine.averages import average_pairs
 from engine.settings import alone, check, defaults_of, flag_of, idle, to_resume
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
-from set_optimizer_train import make_optimizer
-from set_pruning_train import check_position, check_pruning, join_rounds, start_search
+from set_optimizer_train import make_optimizer, moved_by_muon
+from set_pruning_train import as_joined, check_position, check_pruning, join_rounds, never_reduces, start_search
 from set_quantization_train import after_step, evaluation_weights
 from set_resizing_train import check_resize, share_of_work
 
@@ -112,10 +112,9 @@ def start(script, description, table, recipes, argv):
     given |= {name: str(checkpoint.find(given[name])) for name in ("teacher", "start") if given.get(name)}
     if given.get("resume"):
         given["out"], state = folders.state_to_resume(given, Path(script).name)
-        settings = to_resume(table, state, lines, given)
+        settings = to_resume(table, state, lines, as_joined(table, state["settings"], given))
     else:
         settings = fresh_settings(script, table, lines, recipes, given)
-    settings["nesterov"] = settings["nesterov"] and settings["momentum"] > 0       # without momentum there is none
     check_settings(table, settings)
     if state is not None:
         check_position(settings, state)
@@ -142,6 +141,13 @@ def tell_idle(run, table, given):
     found = idle(table, run.settings, given)
     found += [f"{flag_of(name, given[name])} changes nothing: {run.settings['model']} has no {name}"
               for name in ("groups", "shuffle") if name in given and name not in run.architecture]
+    normed = any(isinstance(layer, torch.nn.BatchNorm2d) for layer in run.model.modules())
+    if given.get("recalibrate") and not normed:
+        found.append(f"--recalibrate changes nothing: {run.settings['model']} has no batch norm")
+    if given.get("flips") == "alternating" and not run.kind.flip:
+        found.append(f"--flips alternating changes nothing: images of {run.settings['dataset']} are not mirrored")
+    parameters = sum(weight.numel() for weight in run.model.parameters())
+    found += [sentence] if not run.history and (sentence := never_reduces(run.settings, parameters)) else []
     for sentence in found if parallel.leads() else ():
         print(f"note: {sentence}", file=sys.stderr)
 
@@ -316,10 +322,10 @@ def write_config(run):
     checkpoint.write(run.out / "config.json", json.dumps(config, indent=1).encode())
 
 
-def begin_round(run):
-    """A fresh optimizer, schedule and weight average for the round that `run` stands at."""
+def begin_round(run, moved=None):
+    """A fresh optimizer, schedule and weight average for the round that `run` stands at; moved: by Muon, if known."""
     settings, steps = run.settings, run.settings["epochs"][run.round] * len(run.train)
-    run.optimizer = make_optimizer(run.model, settings)
+    run.optimizer = make_optimizer(run.model, settings, moved)
     run.schedule = schedules.make_schedule(run.optimizer, settings["schedule"], steps, settings["peak"])
     height, width, channels = run.kind.shape
     run.search = start_search(settings, run.round, run.model, (channels, height, width))
@@ -363,12 +369,16 @@ def state_of(run):
 
 def restore(run, state):
     """Put a state of `state_of` back into a freshly prepared run."""
-    checkpoint.load_weights(run.model, run.architecture, state)
+    try:
+        checkpoint.load_weights(run.model, run.architecture, state)
+    except ValueError as problem:
+        raise ValueError(f"{problem}; a run's network stays, with --force too: start a new run with another --out, and "
+                         "--start for its weights") from None
     run.round, run.epoch, run.history = state["round"], state["epoch"], state["history"]
     run.planned, run.form = state.get("planned", 0), state.get("form")
     run.masks = {name: mask.to(run.device) for name, mask in state["masks"].items()}
     lay_out(run)
-    begin_round(run)
+    begin_round(run, moved_by_muon(state["optimizer"]))
     if run.average is not None and state["average"] is not None:
         run.average.load_state_dict(state["average"])
     schedules.restore(run, state)

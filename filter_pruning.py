@@ -109,8 +109,9 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
     (reversed); measure: "neuron" counts a filter together with the batch norm behind
     it, see `neurons`; turn: only one space, number `turn` modulo their count (layer by
     layer). average, optimizer, masks: see `shrinking.remove`. A layer keeps a
-    channel at least, a layer of groups one in each and as many in all. Returns
-    {space: (channels before, after, held by the groups)}.
+    channel at least, a layer of groups one in each and as many in all; what it must
+    keep stays as it is: at zero, batch norm would make its gradient immense. Returns
+    {space: (channels before, after, weak ones that had to stay)}.
     """
     spaces, found = trained_spaces(model), {}
     for space in spaces if turn is None else [spaces[turn % len(spaces)]]:
@@ -122,14 +123,28 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
         if measure == "neuron" and space["norms"]:
             parts, gains = neurons(model.get_submodule(space["norms"][0]))
             norms *= gains
-        limit, weak = threshold * norms.max().item() if relative else threshold, torch.ones(len(norms)).bool()
-        for channels, weights in parts:
-            weak[channels[absolute_reduce(weights, limit, norms[channels].to(weights.device)).cpu()]] = False
-        keep = shrinking.balanced(weak, norms, *shrinking.partitions(model, space))
+        limit = threshold * norms.max().item() if relative else threshold
+        keep = shrinking.balanced(~(norms > limit), norms, *shrinking.partitions(model, space))
+        weak = shorten(parts, limit, norms, keep)
         found[space["name"]] = len(norms), len(keep), int(weak.sum()) - len(norms) + len(keep)
         if len(keep) < len(norms):
             shrinking.remove(model, space, keep, average, optimizer, masks)
     return found
+
+
+def shorten(parts, limit, norms, keep):
+    """Equation 1 on a layer's `parts`, (channels, weights) each, in place; weak channels in `keep` stay as they are.
+
+    limit: the threshold; norms: (C,). Returns (C,) bool: which of all channels are weak.
+    """
+    weak = torch.ones(len(norms)).bool()
+    for channels, weights in parts:
+        held = torch.isin(channels, keep) & ~(norms[channels] > limit)
+        before = weights[held.to(weights.device)].clone()
+        strong = absolute_reduce(weights, limit, norms[channels].to(weights.device)).cpu()
+        weights[held.to(weights.device)] = before
+        weak[channels[strong]] = False
+    return weak
 
 
 def trained_spaces(model):
@@ -260,6 +275,8 @@ class Pruner:
             raise ValueError(f"a {type(model).__name__} does not say which layers share channels: it needs channels()")
         spaces = {space["name"]: space for space in trained_spaces(model)}
         chosen = self.settings["layers"]
+        if chosen == []:
+            raise ValueError(f"layers [] of --cycle names none: leave it out, or choose from {', '.join(spaces)}")
         refused = [name for name in chosen or () if name not in spaces]
         if refused:
             raise ValueError(f"{refused[0]!r} cannot lose filters: its outputs are classes or a sum that other layers "

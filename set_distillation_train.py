@@ -21,7 +21,7 @@ SETTINGS = {
     "teacher_views": Setting(None, "ask the teacher once, about N crops and mirrorings of each training image", low=1,
                              high=1000, form=int, shown="N", fixed=True,
                              clashes=(((), "recipe", ("published",), "which draws its own crops; leave one out"),)),
-    "temperature": Setting(4.0, "of the distillation", low=1e-3, high=1e3, only=("teacher", ())),
+    "temperature": Setting(4.0, "of the distillation", low=1e-3, high=100, only=("teacher", ())),
     "distillation_weight": Setting(0.9, "of the teacher's part in the loss", low=0, high=1,
                                    only=("teacher", ())),
 }

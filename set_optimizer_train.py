@@ -14,63 +14,75 @@ from torch import nn
 import quantization
 from engine import compiling, shrinking
 from engine.settings import Setting, line, only
+from set_quantization_train import BINARY
 
 SETTINGS = {
     "optimizer": line("sgd", ("sgd", "muon"), fixed=True),
-    "lr": Setting(0.15, "learning rate", low=1e-12),
+    "lr": Setting(0.15, "learning rate", low=1e-12, high=1e6),
     "momentum": Setting(0.9, "of SGD", low=0, high=1),
     "nesterov": Setting(True),
-    "weight_decay": Setting(5e-4, "of SGD", low=0),
-    "bias_lr": Setting(1.0, "learning rate of biases, as a multiple of --lr", low=1e-6, fixed=True),
+    "weight_decay": Setting(5e-4, "of SGD", low=0, high=1e6),
+    "bias_lr": Setting(1.0, "learning rate of biases, as a multiple of --lr", low=1e-6, high=1e6, fixed=True),
     **only("optimizer", ("muon",), {
-        "muon_lr": Setting(0.02, "learning rate of the filters", low=1e-12),
-        "muon_momentum": Setting(0.9, "of the filters", low=0, high=1),
-        "muon_decay": Setting(0.1, "weight decay of the filters, times their rate", low=0),
-        "keep_norm": Setting(False, "Muon: each filter bank keeps one norm, in place of weight decay"),
+        "muon_lr": Setting(0.02, "learning rate of the filters", low=1e-12, high=1e6),
+        "muon_momentum": Setting(0.9, "of the filters", low=0, below=1),
+        "muon_decay": Setting(0.1, "weight decay of the filters, times their rate", low=0, high=1e6),
+        "keep_norm": Setting(False, "Muon: each filter bank keeps one norm, in place of weight decay", clashes=(
+            ((True,), "weights", BINARY, "whose weights are clipped below that norm; leave one out"),)),
     }),
 }
 COEFFICIENTS = 3.4445, -4.7750, 2.0315      # of the quintic iteration; singular values end between 0.7 and 1.2
 ITERATIONS = 5
 
 
-def make_optimizer(model, settings):
-    """What the line OPTIMIZER asks for: torch.optim.SGD or `Muon`, with the rates of `settings`."""
-    return {"muon": Muon, "sgd": torch.optim.SGD}[settings["optimizer"]](parameter_groups(model, settings))
+def make_optimizer(model, settings, moved=None):
+    """What the line OPTIMIZER asks for: torch.optim.SGD or `Muon`, with the rates of `settings`; moved: see below."""
+    return {"muon": Muon, "sgd": torch.optim.SGD}[settings["optimizer"]](parameter_groups(model, settings, moved))
 
 
-def parameter_groups(model, settings):
+def moved_by_muon(state):
+    """The names of what Muon moves, from an optimizer's `state_dict`; None where it does not say."""
+    return next((group["names"] for group in state["param_groups"] if "names" in group), None)
+
+
+def parameter_groups(model, settings, moved=None):
     """The groups of an optimizer, each with its own lr, momentum, weight decay.
 
     With Muon the filters come first; `blocks` says how many matrices each of them is. Biases have a group of their
-    own where --bias-lr is not 1, and so have the steps of few bits, which no weight decay pulls at.
+    own where --bias-lr is not 1, and so have the steps of few bits, which no weight decay pulls at. moved: the names of
+    what Muon moved when the round began, of which a layer may have become depthwise since; None: as the network is.
     """
-    filters = filters_of(model) if settings["optimizer"] == "muon" else {}
+    filters = filters_of(model, moved) if settings["optimizer"] == "muon" else {}
     steps, biases, others = [], [], []
     for name, parameter in model.named_parameters():
         if name.split(".")[-1] in quantization.STEPS:
             steps.append(parameter)
         elif name not in filters:
             (biases if name.endswith("bias") and settings["bias_lr"] != 1 else others).append(parameter)
-    rates = {"momentum": settings["momentum"], "nesterov": settings["nesterov"], "lr": settings["lr"],
-             "weight_decay": settings["weight_decay"]}
+    rates = {"momentum": settings["momentum"], "lr": settings["lr"], "weight_decay": settings["weight_decay"],
+             "nesterov": settings["nesterov"] and settings["momentum"] > 0}         # without momentum there is none
     groups = [{"params": others, **rates},
               {"params": biases, **rates, "lr": settings["lr"] * settings["bias_lr"],
                "weight_decay": settings["weight_decay"] / settings["bias_lr"]},
               {"params": steps, **rates, "weight_decay": 0.0}]
     if filters:
-        groups.insert(0, {"params": [weight for weight, _ in filters.values()],
+        groups.insert(0, {"params": [weight for weight, _ in filters.values()], "names": list(filters),
                           "blocks": [count for _, count in filters.values()],
                           "rate": "muon_lr", "lr": settings["muon_lr"], "momentum": settings["muon_momentum"],
                           "weight_decay": settings["muon_decay"], "keep_norm": settings["keep_norm"]})
     return [group for group in groups if group["params"]]
 
 
-def filters_of(model):
-    """{name: (weight, matrices it holds)} of what Muon moves: convolutions that are not depthwise, hidden layers."""
+def filters_of(model, moved=None):
+    """{name: (weight, matrices it holds)} of what Muon moves: convolutions that are not depthwise, hidden layers.
+
+    moved: the names, where they are known.
+    """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
     last = next((name for name in reversed(layers) if isinstance(layers[name], nn.Linear)), None)
     return {f"{name}.weight": (layer.weight, getattr(layer, "groups", 1)) for name, layer in layers.items()
-            if name != last and not shrinking.is_depthwise(layer) and layer.weight.requires_grad}
+            if (name != last and not shrinking.is_depthwise(layer) and layer.weight.requires_grad if moved is None
+                else f"{name}.weight" in moved)}
 
 
 class Muon(torch.optim.Optimizer):

@@ -35,6 +35,18 @@ def join_rounds(settings, sparsity_given):
             settings["epochs"] = [sum(settings["epochs"])]
 
 
+def as_joined(table, stored, given):
+    """The flags `given` to a run that goes on, with epochs and sparsities as `join_rounds` left them when it began.
+
+    stored: its settings. To the epochs come the steps that an L1 cycle has made since, which nobody gives.
+    """
+    asked = {name: list(given.get(name, table[name].default)) for name in ("epochs", "sparsity")}
+    asked["pruning"] = given.get("pruning", stored.get("pruning", table["pruning"].default))
+    join_rounds(asked, "sparsity" in given)
+    asked["epochs"] += stored["epochs"][1:] if asked["pruning"] == "l1_cycle" else []
+    return {**given, **{name: asked[name] for name in ("epochs", "sparsity") if name in given}}
+
+
 def check_settings(settings):
     """ValueError where rounds and sparsities do not fit each other, or two settings of a pruning."""
     how, epochs, sparsity = settings["pruning"], settings["epochs"], settings["sparsity"]
@@ -82,6 +94,11 @@ def check_position(settings, state):
     if len(epochs) <= rounds or epochs[rounds] < state["epoch"]:
         raise ValueError(f"epochs {epochs}: the run has trained {state['epoch']} in its round {rounds + 1} already; "
                          "give that round as many or more, or start a new run with another --out")
+    masks = state.get("masks") or {}
+    zeros = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(1, sum(mask.numel() for mask in masks.values()))
+    if settings["pruning"] in GRADUAL and masks and settings["sparsity"][0] < zeros - 0.001:
+        raise ValueError(f"sparsity {settings['sparsity'][0]}: the run has pruned {100 * zeros:.1f} % already, which "
+                         "stay zero; give as much or more, or start a new run with another --out")
 
 
 def check_pruning(settings, model, masks, round_, steps, shape):
@@ -148,6 +165,20 @@ def ranks_at(settings, step, steps):
     return pruning.fires(step, *when_of(settings, steps))
 
 
+def never_reduces(settings, parameters):
+    """Why --pruning filters removes nothing in a run of so many parameters, as a sentence; "" where it may."""
+    if settings["pruning"] != "filters":
+        return ""
+    interval, stop, epochs = settings["filter_interval"], settings["filter_stop"], settings["epochs"][-1]
+    if interval > stop * epochs:
+        return (f"--pruning filters removes nothing in {epochs} epochs: its first epoch is --filter-interval "
+                f"{interval}, its last is {stop} of them (--filter-stop)")
+    if parameters <= settings["filter_until"]:
+        return (f"--pruning filters removes nothing: {parameters:,} parameters are no more than --filter-until "
+                f"{settings['filter_until']}")
+    return ""
+
+
 def reduce_filters(settings, epoch, model, average, optimizer, masks):
     """After `epoch` epochs, every so often and until the stop: weak filters go to zero and leave the network.
 
@@ -161,7 +192,7 @@ def reduce_filters(settings, epoch, model, average, optimizer, masks):
     found = filter_pruning.reduce_network(model, settings["filter_threshold"], settings["filter_relative"],
                                           settings["filter_columns"], turn, average, optimizer, masks,
                                           settings["filter_measure"])
-    return ", ".join(f"{name} {before} -> {after}" + f" ({held} weak ones held by groups)" * bool(held)
+    return ", ".join(f"{name} {before} -> {after}" + f" ({held} weak ones have to stay)" * bool(held)
                      for name, (before, after, held) in found.items() if after < before)
 
 

@@ -84,9 +84,9 @@ FLIPS = "random"              # an image is mirrored by a draw
 SETTINGS = joined({
     "dataset": Setting("cifar10", cifar10.HELP),
     "data": Setting("data", "folder of the data set's files", free=True),
-    "epochs": Setting([30], "of each round", low=1, many="+", form=int),
+    "epochs": Setting([30], "of each round", low=1, high=10**6, many="+", form=int),
     "recipe": Setting("ours", "published: as the original run trained", choices=("ours", "published"), fixed=True),
-    "batch_size": Setting(64, "images a step", low=1),
+    "batch_size": Setting(64, "images a step", low=1, high=10**6),
     "limit": Setting(None, "at most so many images in each split", low=2, form=int),
     "all_images": Setting(False, "train on the validation images too, to compare with those who do", fixed=True,
                           clashes=(((), "recipe", ("published",), "which keeps its own batches; leave one out"),)),
@@ -340,11 +340,11 @@ def measure(run):
     The published run took four passes over data an epoch: it trained, then
     measured training accuracy, loss and accuracy, each in a pass of its own.
     """
-    if run.settings["recipe"] == "published":
-        evaluate(run.model, run.train, run.device, run.measuring_dtype)
-        return tuple(evaluate(run.model, run.validation, run.device, run.measuring_dtype)[part] for part in (0, 1))
     model = networks_of(run)[-1]
     with evaluation_weights(model, run.settings["weights"], run.settings["binary_scale"], run.masks):
+        if run.settings["recipe"] == "published":
+            evaluate(model, run.train, run.device, run.measuring_dtype)
+            return tuple(evaluate(model, run.validation, run.device, run.measuring_dtype)[part] for part in (0, 1))
         return evaluate(model, run.validation, run.device, run.measuring_dtype)
 
 

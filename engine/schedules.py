@@ -55,7 +55,7 @@ def restore(run, state):
     if by_losses:
         names = [group.get("rate", "lr") for group in own]      # the setting that is the group's rate
         rates = bases if before["schedule"] != "plateau" else [
-            rate * run.settings[name] / before[name] for rate, name in zip(stood, names, strict=True)]
+            rate * (run.settings[name] / before[name]) for rate, name in zip(stood, names, strict=True)]
     else:
         schedule.last_epoch, schedule.base_lrs = run.epoch * len(run.train), bases
         rates = [base * schedule.lr_lambdas[0](schedule.last_epoch) for base in bases]

@@ -166,7 +166,7 @@ def wrong_kind(kind, value):
 
 def within(setting, number):
     """Whether a number is finite and in the accepted range."""
-    return (math.isfinite(number)
+    return ((isinstance(number, int) or math.isfinite(number))
             and (setting.low is None or number >= setting.low) and (setting.above is None or number > setting.above)
             and (setting.high is None or number <= setting.high) and (setting.below is None or number < setting.below))
 
@@ -210,8 +210,9 @@ def to_resume(table, state, lines, given):
     held = {**{name: before[name] for name in lines}, **stored["lines"]}
     changed = {name: (stored.get(name), value) for name, value in given.items()
                if name not in free and stored.get(name) != value}
+    # a flag or a recipe had the word where a run has another value than the lines it began with
     changed |= {name: (held.get(name), value) for name, value in lines.items()
-                if held.get(name) != value and name not in given}
+                if name not in given and stored.get(name) == held.get(name) != value}
     fixed = [name for name in names_of(table, "fixed") if name in changed]
     if fixed:
         old, new = changed[fixed[0]]

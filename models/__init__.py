@@ -39,7 +39,7 @@ CHOICES = {    # the default first
 
 def wide(name):
     """(depth, k) of a name like wrn-16-4, or None where it is none of 6 n + 4 layers."""
-    match = re.fullmatch(r"wrn-([1-9][0-9]*)-([1-9][0-9]*)", name)
+    match = re.fullmatch(r"wrn-([1-9][0-9]{0,2})-([1-9][0-9]?)", name)
     depth, factor = map(int, match.groups()) if match else (0, 0)
     return (depth, factor) if depth >= 10 and depth % 6 == 4 else None
 
@@ -49,7 +49,7 @@ def residual(name):
 
     Such names have 6 n + 2 layers, and widths that do not fall.
     """
-    match = re.fullmatch(r"resnet([1-9][0-9]*)((?:-[1-9][0-9]*){3})", name)
+    match = re.fullmatch(r"resnet([1-9][0-9]{0,2})((?:-[1-9][0-9]{0,3}){3})", name)
     if not match:
         return (int(name.removeprefix("resnet")), (16, 32, 64)) if name in RESIDUAL else None
     depth, widths = int(match[1]), tuple(map(int, match[2].split("-")[1:]))

@@ -23,7 +23,7 @@ SMALLEST_VARIANCE = 5e-4
 
 def family(name):
     """(convolutions a stage, widths of the stages) of a name like vgg6-64-256-256 or vgg9-128-512-512, else None."""
-    match = re.fullmatch(r"vgg(6|9)((?:-[1-9][0-9]*){3})", name)
+    match = re.fullmatch(r"vgg(6|9)((?:-[1-9][0-9]{0,3}){3})", name)
     return (int(match[1]) // 3, tuple(map(int, match[2].split("-")[1:]))) if match else None
 
 
