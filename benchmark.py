@@ -8,6 +8,7 @@ overview: every network that ships, tested and counted, beside results of others
 check: whether every technique runs on a GPU, and what is slow there.
 `python benchmark.py profile --help` lists the flags of one; benchmarks/ holds them.
 """
+import engine.interrupts  # isort: skip  # noqa: F401
 import importlib
 
 from engine import commandline

@@ -92,13 +92,15 @@ def plain(kind):
 def from_plain(dataset, stored):
     """The `Kind` that `plain` wrote; ValueError where the file holds something else."""
     try:
+        if not isinstance(stored, dict):
+            raise TypeError
         kind = Kind(*(tuple(stored[name]) for name in Kind._fields[:5]), stored["flip"], "")
         sizes, levels = kind.shape + kind.counts, kind.mean + kind.std
         fits = (len(kind.shape) == 3 and len(kind.counts) == 2 and len(kind.mean) == len(kind.std) == kind.shape[2]
                 and all(type(size) is int and size > 0 for size in sizes) and type(kind.flip) is bool
                 and np.isfinite(np.array(levels, dtype=float)).all() and min(kind.std) > 0
                 and len(kind.classes) > 0 and all(isinstance(name, str) for name in kind.classes))
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (LookupError, RuntimeError, TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
         raise ValueError(f"the file does not say of its data set {dataset} what it must: shape, counts, mean, std, "
@@ -155,6 +157,9 @@ def read_npz(path):
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             found = {name: read_member(archive.zip, name) for name in Data._fields if name in archive}
+    except (OSError, MemoryError) as problem:
+        raise ValueError(f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem or 'no memory'}"
+                         ) from None
     except Exception as problem:          # zipfile and NumPy report damage in many types
         if "pickle" in str(problem) or isinstance(problem, TypeError):
             raise ValueError(f"{path} is not an .npz of plain arrays; "

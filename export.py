@@ -10,6 +10,7 @@ Channels that pruning has cut off are removed first, exactly. What was written i
 read back and compared with the network on the test images before the command
 reports success. Every file names its data set, its classes, and the form, mean and std of its images.
 """
+import engine.interrupts  # isort: skip  # noqa: F401
 import contextlib
 import os
 import tempfile
@@ -112,6 +113,8 @@ def compare(model, forward, batches):
     largest, changed, count = 0.0, 0, 0
     for images, _ in batches:
         ours, theirs = model(images), forward(images)
+        if not bool(torch.isfinite(ours).all() & torch.isfinite(theirs).all()):
+            raise ValueError("the network gives logits that are NaN or infinite, which no file can be compared on")
         largest = max(largest, (ours - theirs).abs().max().item())
         changed += int((ours.argmax(1) != theirs.argmax(1)).sum())
         count += len(images)

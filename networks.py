@@ -99,6 +99,11 @@ def network_of(path, state, device):
             reason += f"; its architecture is {str(state['architecture'])[:300]}"
         named = "" if str(path) in reason else f"{path} holds no network that can be built: "
         raise ValueError(named + reason) from None
+    for name, tensor in model.state_dict().items():
+        wrong = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+        if wrong:
+            raise ValueError(f"{path} holds a broken network: {wrong:,} of {tensor.numel():,} values of {name} are NaN "
+                             "or infinite; train it again with a smaller --lr")
     return model.eval().to(device), state
 
 

@@ -6,6 +6,7 @@ run's folder or file, a compact or safetensors file, or an ONNX file; classes an
 of the images stand in it. One picture that cannot be read does not keep the others
 from being told; it is named at the end, with exit code 2.
 """
+import engine.interrupts  # isort: skip  # noqa: F401
 import json
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def find_pictures(path):
         raise ValueError(f"there is no file at {path}")
     if not path.is_dir():
         return [path]
-    inside = sorted(file for file in path.iterdir() if file.suffix.lower() in pictures.ENDINGS)
+    inside = sorted(filter(pictures.is_picture, path.iterdir()))
     if not inside:
         raise ValueError(f"{path} holds no picture")
     return inside

@@ -17,6 +17,7 @@ bits that they are stored in; and besides the MACs it counts one operation of 32
 for each element that a layer reads and rounds, and for each that it scales or a batch
 norm does.
 """
+import engine.interrupts  # isort: skip  # noqa: F401
 import csv
 import io
 import json
@@ -29,7 +30,7 @@ from torch import nn
 import cifar10
 import quantization
 from deploy import integer_inference
-from engine import checkpoint, commandline
+from engine import checkpoint, commandline, run_files
 from networks import architecture_of, build, data_of, load_network
 from train import DEFAULTS, find_checkpoint
 
@@ -285,6 +286,7 @@ def main(argv):
         source = find_checkpoint(arguments.checkpoint)
         if arguments.csv:
             checkpoint.refuse_same(source, arguments.csv, "--csv")
+            run_files.refuse_own("--csv", arguments.csv)
         model, state = load_network(source)
         dataset, kind = data_of(source, state, arguments.dataset)
     height, width, channels = kind.shape
@@ -295,7 +297,7 @@ def main(argv):
     else:
         print(f"network: {f'{arguments.model}, ' if arguments.model else ''}{source}")
         print_table(rows, totals)
-    if not arguments.model and (Path(source).parent / "config.json").exists():
+    if not arguments.model and arguments.bits == [16] and run_files.is_result(source):
         with checkpoint.noted():
             names = ("name", "weights", "zero_weights")
             layers = [{name: row[name] for name in names} for row in rows if row["weights"]]

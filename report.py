@@ -12,6 +12,7 @@ included, each run first reached each --level, or the highest validation accurac
 that all of one data set reached; a run that went on from other weights (--start) has
 no such time, and no curve in accuracy_time.png.
 """
+import engine.interrupts  # isort: skip  # noqa: F401
 import json
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_run(folder):
     config, report = run_files.read_config(folder), run_files.read_report(folder)
     settings, history = config["settings"], run_files.read_history(folder, COLUMNS_OF_HISTORY)
     test, profile = report["test"], report["profile"]
-    return {"run": folder.name, "folder": folder, "dataset": settings["dataset"],
+    return {"run": folder.resolve().name, "folder": folder, "dataset": settings["dataset"],
             "network": network_of(config["architecture"]),
             "epochs": "+".join(map(str, history.groupby("round").size())),
             "pruning": pruning_of(settings), "mixing": settings["mixing"],
@@ -104,7 +105,12 @@ def table_of(runs):
     """One row for each set of runs that differ in their seed alone, as a DataFrame."""
     frame = pd.DataFrame([{name: value for name, value in run.items()
                            if name not in NOT_IN_TABLE} for run in runs])
-    frame["together"] = [json.dumps(run["settings"]) for run in runs]
+    tested = {}                           # what was not tested goes with the first that was
+    for run in runs:
+        tested.setdefault(json.dumps(run["settings"]), run["precision"])
+        tested[json.dumps(run["settings"])] = tested[json.dumps(run["settings"])] or run["precision"]
+    frame["together"] = [json.dumps([run["settings"], run["precision"] or tested[json.dumps(run["settings"])]])
+                         for run in runs]
     numbers = ["validation_accuracy", "test_accuracy", "minutes", "nonzero", "parameters_removed", "macs",
                "macs_removed", "score_course", "bytes", "pflop"]
     frame[numbers] = frame[numbers].astype(float)
@@ -113,6 +119,7 @@ def table_of(runs):
     table.insert(0, "runs", groups["run"].agg(" ".join))
     table.insert(1, "n", groups.size())
     table.insert(4, "test_sd", groups["test_accuracy"].std())
+    table.insert(5, "tested", groups["test_accuracy"].count())
     return table.reset_index().drop(columns="together")
 
 
@@ -124,6 +131,7 @@ def markdown_of(table):
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in table.itertuples():
         spread = "" if pd.isna(row.test_sd) else f" ± {row.test_sd:.2f}"
+        spread += f" ({row.tested} of {row.n})" if 0 < row.tested < row.n else ""
         cells = [row.runs, row.dataset, row.network, row.weights, row.mixing, row.epochs, row.pruning,
                  row.other_settings, row.device, str(row.n),
                  number(row.validation_accuracy, ".2f"), number(row.test_accuracy, ".2f") + spread,
@@ -174,9 +182,26 @@ def distinct(runs):
             chosen[run["run"]] = run
             continue
         print(f"note: {run['folder']} and {other['folder']} hold one run; it counts once", file=sys.stderr, flush=True)
-        if len(run["history"]) > len(other["history"]):
+        if rank_of(run) > rank_of(other):
             chosen = {run["run"] if held is other else name: run if held is other else held
                       for name, held in chosen.items()}
+    return list(chosen.values())
+
+
+def rank_of(run):
+    """What of two copies of a run counts: the more epochs, then the one beside the network that its numbers are of."""
+    return len(run["history"]), (run["folder"] / "model.pt").exists()
+
+
+def one_a_seed(runs):
+    """The runs without repetitions of a seed, which say nothing more of the method; the first of each counts."""
+    chosen = {}
+    for run in runs:
+        first = chosen.setdefault((*(str(run[name]) for name in COLUMNS), run["other_settings"], run["seed"],
+                                   json.dumps(run["settings"])), run)
+        if first is not run:
+            print(f"note: {run['folder']} has the settings and the seed of {first['folder']}; of the two the table "
+                  "has that one", file=sys.stderr, flush=True)
     return list(chosen.values())
 
 
@@ -264,7 +289,7 @@ def main(argv):
     runs = distinct([read_run(folder) for folder in arguments.runs or find_runs()])
     check_kept(runs, out)
     cifar10.check_folder(out)
-    table, from_nothing = table_of(runs), [run for run in runs if not run["continued"]]
+    table, from_nothing = table_of(one_a_seed(runs)), [run for run in runs if not run["continued"]]
     print(markdown_of(table))
     checkpoint.write(out / "table.md", markdown_of(table).encode())
     checkpoint.write(out / "table.csv", table.to_csv(index=False).encode())

@@ -20,6 +20,7 @@ code is 1. `study_file.py` says what a study must be, and what is refused before
 training: names that collide, flags that a script would refuse, and runs that are there
 but were trained with other settings than their arm has now.
 """
+import engine.interrupts  # isort: skip  # noqa: F401
 import itertools
 import json
 import math
@@ -31,7 +32,7 @@ import torch
 
 import cifar10
 import networks
-from engine import checkpoint, commandline, run_files, tables
+from engine import checkpoint, commandline, folders, run_files, tables
 from engine.commandline import call
 from studies.study_file import check_out, check_runs, check_seeds, folder_of, read_study, write_record
 
@@ -45,8 +46,10 @@ def train_arm(arm, flags, seed, folder):
     if (folder / "finished").exists():
         return
     if not (folder / "last.pt").exists():
+        folders.hold(folder)                  # another process may be in that epoch
         for name in ("config.json", "history.csv", "views.pt"):   # of a run that ended within its first epoch
             (folder / name).unlink(missing_ok=True)
+        folders.let_go(folder)
     script, *own = shlex.split(arm["run"].replace("{seed}", str(seed)))
     command = [script, "--resume"] if (folder / "last.pt").exists() else [script, *shlex.split(flags), *own,
                                                                          "--seed", str(seed)]

@@ -4,6 +4,7 @@ Prints which checkpoint it reads, the accuracy, a table by class, and the bytes
 of the network on disk; writes confusion.png and report.json beside a run's
 checkpoint. No test-time augmentation.
 """
+import engine.interrupts  # isort: skip  # noqa: F401
 import json
 import os
 import time
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 import cifar10
 import quantization
 from deploy import integer_inference
-from engine import checkpoint, commandline, compiling, packing
+from engine import checkpoint, commandline, compiling, packing, run_files
 from networks import data_of, load_network
 from train import find_checkpoint, predict
 
@@ -47,14 +48,18 @@ def test_network(model, data, kind, precision, device, batch_size=500, limit=Non
 
 
 def bytes_of(path, model, network):
-    """`sizes_of` a network; of one of few bits packed too, and that alone where it was read from such a file."""
+    """`sizes_of` a network; the file that was read, and what others would take; of few bits packed too.
+
+    That alone where it was read from such a file.
+    """
     if "integers" in network:
         return {"packed": os.path.getsize(path)}
     structure = {name: network[name] for name in ("architecture", "widths", "dataset", "kind") if name in network}
     sizes = sizes_of({**structure, "weights": network["weights"]})
     if quantization.bits_of(model):
-        sizes["packed"] = len(integer_inference.packed_bytes(model.cpu(), structure))
-    return sizes
+        with checkpoint.noted():          # sums beyond what integers hold: the accuracy counts
+            sizes["packed"] = len(integer_inference.packed_bytes(model.cpu(), structure))
+    return {"file": os.path.getsize(path), **sizes}
 
 
 def sizes_of(network):
@@ -132,6 +137,7 @@ def main(argv):
     compiling.set_up(device)
     if arguments.picture:
         checkpoint.refuse_same(path, arguments.picture, "--picture")
+        run_files.refuse_own("--picture", arguments.picture)
     model, network = load_network(path, device)
     dataset, kind = data_of(path, network, arguments.dataset)
     if not arguments.json:
@@ -146,8 +152,7 @@ def main(argv):
     if picture:
         with checkpoint.noted():
             draw_confusion(picture, result)
-    own = dataset == network["dataset"] and (path.name == "model.pt" or not (path.parent / "model.pt").exists())
-    if of_run and own and not arguments.limit:
+    if run_files.is_result(path) and dataset == network["dataset"] and not arguments.limit:
         with checkpoint.noted():
             measured = {**result, "sha256": checkpoint.sha256_of(path)}
             checkpoint.merge_json(path.parent / "report.json", {"test": measured})

@@ -5,6 +5,7 @@ runs/<name>/ with config.json, history.csv, last.pt and model.pt; then
 `python test.py` and `python profil.py`. The one training loop (`fit`) and the
 one `evaluate` of the project live here; `train_pruning.py` adds the rounds.
 """
+import engine.interrupts  # isort: skip  # noqa: F401
 import sys
 import time
 from pathlib import Path

@@ -5,6 +5,7 @@ a ResNet-18 of 8 groups keeps 9 % of its weights. Edit a technique line below, o
 pass the flag of the same name; `--epochs 8 2 6 --sparsity 0.7 0.7` is a short
 run, `--dry-run` says how long a run will take.
 """
+import engine.interrupts  # isort: skip  # noqa: F401
 from itertools import groupby
 
 import filter_pruning

@@ -34,10 +34,8 @@ DENSE = "ResNet-18 dense, untrained"
 
 def named(given):
     """(name, path) of NAME=PATH; of a path alone, named as its run or, outside a run, as its file."""
-    name, found, path = given.rpartition("=")
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    name, found, path = ("", "", given) if Path(given).exists() else given.rpartition("=")
+    path = checkpoint.find(path)
     return (name if found else path.parent.name if path.name == "model.pt" else path.name.split(".")[0]), path
 
 
@@ -105,10 +103,10 @@ def test_form(form, path, batches):
     return 100 * torch.cat(right).float().mean().item()
 
 
-def measure(name, source, folder, data, arguments):
-    """The rows of one network, a form each. Only what was trained is tested."""
+def measure(name, source, folder, data, kind, arguments):
+    """The rows of one network, a form each, on images of a `kind`. Only what was trained is tested."""
     profile = json.loads(call(["profil.py", "--checkpoint", str(source), "--json"]))
-    kind, rows, accuracies = cifar10.kind_of(arguments.dataset), [], {}
+    rows, accuracies = [], {}
     for form in forms_of(source):
         ending = FORMS[form]
         path = Path(folder) / f"network{ending}"
@@ -211,12 +209,13 @@ def main(argv):
     arguments.dataset = datasets.pop()
     if arguments.json:
         cifar10.check_folder(Path(arguments.json).parent)         # before minutes of measuring
-    data, rows = cifar10.load(arguments.dataset, arguments.data), []
+    kind = next(networks.data_of(path, load_network(path)[1])[1] for path in given.values())
+    data, rows = cifar10.load(arguments.dataset, arguments.data, kind.classes), []
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.pt"
         write_dense(dense, arguments.dataset)
         for name, source in {DENSE: dense, **given}.items():
-            rows += measure(name, source, folder, data, arguments)
+            rows += measure(name, source, folder, data, kind, arguments)
         compare(rows, os.path.getsize(dense))
     print("\n" + markdown_of(rows))
     if arguments.json:

@@ -151,8 +151,8 @@ def parse(argv):
     parser.add_argument("--json", help="write the numbers to this file, a table (.md) and a plot (.png) beside it")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
-    if min(arguments.repeats, *arguments.batches) < 1 or not arguments.seconds > 0:
-        raise ValueError("--repeats and --batches must be at least 1, --seconds above 0")
+    if min(arguments.repeats, *arguments.batches) < 1 or not 0 < arguments.seconds < 3600:
+        raise ValueError("--repeats and --batches must be at least 1, --seconds above 0 and below 3600")
     return arguments
 
 

@@ -112,9 +112,14 @@ def main(argv):
     if arguments.draw and not numbers.exists():
         raise FileNotFoundError(f"there are no numbers at {numbers}; leave out --draw, and they will be measured")
     cifar10.check_folder(numbers.parent)          # before minutes of measuring
-    ours = checkpoint.read_json(numbers)["ours"] if arguments.draw else [
+    ours = checkpoint.read_json(numbers).get("ours") if arguments.draw else [
         measure(network, arguments.data) for network in named["ours"]]
-    rows = [*ours, *map(completed, named["cited"])]
+    try:
+        rows = [*ours, *map(completed, named["cited"])]
+        markdown_of(rows)
+    except (AttributeError, LookupError, TypeError, ValueError) as problem:
+        raise ValueError(f"{numbers} does not hold the rows that this script writes ({problem!r}); leave out --draw, "
+                         "and they will be measured") from None
     print(markdown_of(rows))
     if not arguments.draw:
         checkpoint.write(numbers, (json.dumps({"ours": ours}, indent=1) + "\n").encode())

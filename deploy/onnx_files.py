@@ -86,6 +86,9 @@ def state_of(path, session):
     images, logits = session.get_inputs()[0].shape, session.get_outputs()[0].shape
     if len(session.get_inputs()) != 1 or len(images) != 4 or len(logits) != 2:
         raise ValueError(f"{path} is no classifier of images: it takes {images} and gives {logits}")
+    if session.get_inputs()[0].type != "tensor(float)" or images[0] not in (None, 1) and isinstance(images[0], int):
+        raise ValueError(f"{path} takes {session.get_inputs()[0].type} of {images}; predict.py gives it tensor(float), "
+                         "one image at a time")
     channels, size, classes = (each if isinstance(each, int) else None for each in (images[1], images[2], logits[1]))
     try:
         about = json.loads(session.get_modelmeta().custom_metadata_map.get("network", "{}"))

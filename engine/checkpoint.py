@@ -385,7 +385,7 @@ def read_safetensors(path, content):
     from safetensors.torch import load as from_bytes
     try:
         weights = from_bytes(content)
-        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     except (SafetensorError, ValueError) as problem:
         raise ValueError(f"{path} is damaged: {problem}") from None
     if "network" not in header:

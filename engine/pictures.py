@@ -30,13 +30,16 @@ def read_picture(path, shape, background=WHITE):
     from PIL import Image, ImageOps, UnidentifiedImageError
     height, width, channels = shape
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
-            warnings.simplefilter("ignore")        # of oddities in files that can be read
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
-            picture = to_rgb(picture, background)
-            square = ImageOps.fit(picture.convert("L") if channels == 1 else picture, (width, height),
-                                  Image.Resampling.BICUBIC)
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is no file")          # of a pipe, opening it would wait for ever
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")            # of oddities in files that can be read
+            with Image.open(path) as picture:
+                picture.load()
+                ImageOps.exif_transpose(picture, in_place=True)
+                picture = to_rgb(picture, background)
+                square = ImageOps.fit(picture.convert("L") if channels == 1 else picture, (width, height),
+                                      Image.Resampling.BICUBIC)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is no picture that can be read: its format is unknown") from None
     except Exception as problem:                   # Pillow reports damage in many types
@@ -140,8 +143,19 @@ def list_classes(folder):
 
 def files_in(folder):
     """The pictures below a folder, to any depth, in torchvision's order; names with a dot in front are left out."""
-    return [Path(inside) / name for inside, _, names in sorted(os.walk(folder, followlinks=True))
-            for name in sorted(names) if Path(name).suffix.lower() in ENDINGS and not name.startswith(".")]
+    found, seen = [], set()
+    for inside, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(inside) in seen:           # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(inside))
+        found += [(inside, name) for name in names if is_picture(Path(inside) / name)]
+    return [Path(inside) / name for inside, name in sorted(found)]
+
+
+def is_picture(path):
+    """Whether a path is named like a picture, and no folder; macOS puts a file with a dot in front beside each."""
+    return path.suffix.lower() in ENDINGS and not path.name.startswith(".") and not path.is_dir()
 
 
 @functools.lru_cache(maxsize=1)       # one start asks for a data set's classes, for its mean and for its images

@@ -11,11 +11,26 @@ from engine import checkpoint
 
 # name: its type; those of OPTIONAL may be absent or null
 SETTINGS = {"dataset": str, "mixing": str, "recipe": str, "seed": int, "sparsity": list}
+OWN = ("config.json", "history.csv", "last.pt", "model.pt", "previous.pt", "report.json", "views.pt")
 OPTIONAL = {"pruning": str, "score": str, "weights": str, "cycle_settings": dict, "limit": int}
 EPOCH = ("round", "seconds", "images_per_second", "train_accuracy", "validation_loss", "validation_accuracy")
 PROFILE = ("parameters", "nonzero", "parameters_removed", "macs", "macs_removed", "score_course")
 FOLDERS = ("engine", "models", "deploy")      # whose sources a run stores beside the scripts
 NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
+
+
+def is_result(path):
+    """Whether a checkpoint is what a run's report.json is about: its model.pt, or what it has while there is none."""
+    path = Path(path)
+    return (path.parent / "config.json").exists() and (path.name == "model.pt"
+                                                       or not (path.parent / "model.pt").exists())
+
+
+def refuse_own(flag, path):
+    """ValueError where the file that `flag` is to write is one that a run needs."""
+    path = Path(path)
+    if path.name in OWN and (path.parent / "config.json").exists():
+        raise ValueError(f"{flag} {path} is a file of the run in {path.parent}, which would be lost; name another file")
 
 
 def sources_of(folder):

@@ -10,11 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DATA = Path(os.environ.get("DATA_ROOT", ROOT.parent / "shared" / "data"))     # real data sets, where there are some
 pytest.register_assert_rewrite("samples", "sample_runs")
+settings.register_profile("project", deadline=None)      # a busy machine is no fault
+settings.load_profile("project")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:          # `-n 2`: the processes of pytest share the cores
     share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ["OMP_NUM_THREADS"] = str(share)         # of what a test starts

@@ -1,8 +1,11 @@
 """Ctrl-C at any time: nothing half written, one line with the way on, exit code 130."""
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from sample_runs import EPOCHS, ROUNDS, folder_after, resume, same
 
 import experiment
@@ -102,3 +105,28 @@ def test_second_ctrl_c_after_one_during_a_save(shell, monkeypatch, tmp_path):
         pytest.fail("it went on")
     assert shell(saving) == (130, "interrupted")
     assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "train_pruning.py", "test.py", "profil.py", "export.py", "predict.py",
+                                    "report.py", "study.py", "benchmark.py"])
+def test_ctrl_c_while_the_libraries_load_is_one_line(script):
+    """The signal comes from within the first library that is imported, before any of it is there."""
+    first = ("import os, signal, sys, runpy\n"
+             "class Interrupt:\n"
+             "    def find_spec(self, name, path=None, target=None):\n"
+             "        if name.split('.')[0] in ('torch', 'numpy', 'cifar10', 'importlib_metadata', 'json'):\n"
+             "            os.kill(os.getpid(), signal.SIGINT)\n"
+             "for name in ('json', 'numpy', 'torch'):\n"
+             "    sys.modules.pop(name, None)\n"
+             "sys.meta_path.insert(0, Interrupt())\n"
+             f"sys.argv = [{str(ROOT / script)!r}]\n"
+             f"sys.path.insert(0, {str(ROOT)!r})\n"
+             f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n")
+    done = subprocess.run([sys.executable, "-c", first], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "error: interrupted\n", "")
+
+
+def test_a_program_that_imports_a_script_keeps_its_own_ctrl_c():
+    program = "import signal, train; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "True\n", done.stderr

@@ -57,15 +57,20 @@ def load_script(path, monkeypatch):
     return module
 
 
+# networks are built alike in both scripts, whose lines are the same (below); the large ones run in one of them
+LARGE = ("resnet34", "resnet50", "resnet101", "resnet152", "resnet110", "wrn-16-4", "wrn-28-10")
 LINES = [(script, group, value) for script in ("train.py", "train_pruning.py")
-         for group, value in commented_lines(script)]
+         for group, value in commented_lines(script) if script == "train.py" or value.strip('"') not in LARGE]
 
 
 @pytest.mark.parametrize(("script", "group", "value"), LINES)
 def test_every_commented_line_runs_when_it_is_active(script, group, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     edited = tmp_path / script
-    edited.write_text(activate((ROOT / script).read_text(), group, value))
+    text = (ROOT / script).read_text()
+    if group.lower() not in GROUPS[:3]:                        # a small network, by its line as well
+        text = activate(text, "MODEL", '"resnet20"')
+    edited.write_text(activate(text, group, value))
     active = read_lines(edited)[0]
     assert repr(active[group.lower()]).replace("'", '"') == value
     masked = script == "train_pruning.py" and active["pruning"] not in set_pruning_train.SHRINKING
