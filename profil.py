@@ -31,7 +31,7 @@ import cifar10
 import quantization
 from deploy import integer_inference
 from engine import checkpoint, commandline, run_files
-from networks import architecture_of, build, data_of, load_network
+from networks import architecture_of, build, check_batch, data_of, image_shape, load_network
 from train import DEFAULTS, find_checkpoint
 
 DENSE_PARAMETERS, DENSE_MACS = 11_173_962, 555_422_720    # ResNet-18, groups 1, 10 classes, 32x32
@@ -268,6 +268,7 @@ def untrained(arguments):
     architecture = architecture_of({**DEFAULTS, "dataset": arguments.dataset, "model": arguments.model,
                                     "groups": arguments.groups, "shuffle": True})
     model = build(**architecture | ({"num_classes": arguments.classes} if arguments.classes else {}))
+    check_batch(model, arguments.model, 2, image_shape(cifar10.kind_of(arguments.dataset)))
     with torch.no_grad():                 # one that starts with zeros in its weights does not keep them
         for layer in model.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):

@@ -4,7 +4,9 @@
 """
 import contextlib
 import hashlib
+import math
 import os
+import struct
 import tempfile
 from pathlib import Path
 
@@ -107,11 +109,20 @@ def check_originals(reader, kind, root):
 def check_idx_sizes(kind, folder):
     """The unpacked files of MNIST, of which torchvision knows no checksum: a header and a byte a pixel or label."""
     for part, count in zip(("train", "t10k"), kind.counts, strict=True):
-        for name, size in (("images-idx3", 16 + count * int(np.prod(kind.shape))), ("labels-idx1", 8 + count)):
+        for name, sides in (("images-idx3", kind.shape[:2]), ("labels-idx1", ())):
             path = folder / f"{part}-{name}-ubyte"
-            if path.exists() and path.stat().st_size != size:
+            if not path.exists():
+                continue
+            header = struct.pack(f">{2 + len(sides)}I", 0x801 + len(sides), count, *sides)
+            size = len(header) + count * math.prod(sides)
+            if path.stat().st_size != size:
                 raise ValueError(f"{path} is truncated or altered: expected {size:,} bytes, found "
                                  f"{path.stat().st_size:,}; delete it or put the right file there")
+            with open(path, "rb") as file:
+                found = file.read(len(header))
+            if found != header:
+                raise ValueError(f"{path} is altered: expected a header of {header.hex()}, found {found.hex()}; delete "
+                                 "it or put the right file there")
 
 
 @contextlib.contextmanager

@@ -274,6 +274,11 @@ def test_a_kind_that_holds_tensors_is_refused(stored):
         cifar10.from_plain("a", stored if isinstance(stored, torch.Tensor) else {**whole, **stored})
 
 
+def test_a_network_that_takes_no_such_images_is_not_profiled():
+    with pytest.raises(ValueError, match="cifar-quick cannot train on batches of 2 images of 1x28x28"):
+        profil.main(["--model", "cifar-quick", "--dataset", "mnist"])
+
+
 # ---- folders of pictures
 
 def test_a_link_that_leads_back_is_followed_once(tmp_path):

@@ -148,3 +148,15 @@ def test_an_altered_original_on_a_read_only_disk_is_named_there(open_folder, mon
     path.write_bytes(path.read_bytes()[:-1])
     with read_only(open_folder), pytest.raises(ValueError, match=f"{path} is truncated or altered"):
         cifar10.load("mnist", open_folder)
+
+
+@pytest.mark.parametrize("name, header", [("train-images-idx3-ubyte", (0x802, 12, 28, 28)),
+                                          ("train-labels-idx1-ubyte", (0x801, 11)),
+                                          ("t10k-images-idx3-ubyte", (0x803, 5, 28, 27))])
+def test_a_header_that_was_altered_is_named(tmp_path, monkeypatch, name, header):
+    write_idx(tmp_path, monkeypatch)
+    path = tmp_path / "MNIST" / "raw" / name
+    content = struct.pack(f">{len(header)}I", *header)
+    path.write_bytes(content + path.read_bytes()[len(content):])
+    with pytest.raises(ValueError, match=f"{name} is altered: expected a header of 0000080[13].*, found {content.hex()}"):
+        cifar10.load("mnist", tmp_path)
