@@ -158,5 +158,6 @@ def test_a_header_that_was_altered_is_named(tmp_path, monkeypatch, name, header)
     path = tmp_path / "MNIST" / "raw" / name
     content = struct.pack(f">{len(header)}I", *header)
     path.write_bytes(content + path.read_bytes()[len(content):])
-    with pytest.raises(ValueError, match=f"{name} is altered: expected a header of 0000080[13].*, found {content.hex()}"):
+    told = f"{name} is altered: expected a header of 0000080[13].*, found {content.hex()}"
+    with pytest.raises(ValueError, match=told):
         cifar10.load("mnist", tmp_path)
