@@ -31,7 +31,7 @@ import pruning
 import quantization
 from engine import board, checkpoint, commandline, compiling, folders, parallel, run_files, schedules
 from engine.averages import average_pairs
-from engine.settings import alone, check, defaults_of, flag_of, idle, to_resume
+from engine.settings import alone, check, defaults_of, flag_of, idle, only, to_resume
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
 from set_optimizer_train import make_optimizer, moved_by_muon
 from set_pruning_train import as_joined, check_position, check_pruning, join_rounds, never_reduces, start_search
@@ -44,7 +44,8 @@ TECHNIQUES = {path.stem[len("set_"):-len("_train")]: importlib.import_module(pat
 MIXINGS = {name: function for name, module in TECHNIQUES.items()
            if inspect.isfunction(function := getattr(module, name, None))}
 TABLES = [networks.SETTINGS, schedules.SETTINGS,
-          *(getattr(module, "SETTINGS", {}) for module in TECHNIQUES.values())]
+          *(only("mixing", (name,), getattr(module, "SETTINGS", {})) if name in MIXINGS
+            else getattr(module, "SETTINGS", {}) for name, module in TECHNIQUES.items())]
 
 
 @dataclass

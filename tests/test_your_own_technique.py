@@ -109,3 +109,9 @@ def test_two_files_of_one_setting_are_refused(project, tmp_path):
     done = subprocess.run([sys.executable, "train.py", *TINY, "--dry-run"], cwd=tmp_path / "copy", text=True,
                           capture_output=True)
     assert done.returncode != 0 and "two files declare the setting 'lr'" in done.stderr
+
+
+def test_a_flag_of_ones_own_mixing_says_so_while_another_one_is_active(project, tmp_path):
+    done = subprocess.run([sys.executable, "train.py", *TINY, "--mixing", "none", "--stack-least", "0.4", "--dry-run"],
+                          cwd=project, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.stderr == "note: --stack-least 0.4 changes nothing without --mixing stack\n"
