@@ -21,7 +21,7 @@ SETTINGS = {
     "teacher_views": Setting(None, "ask the teacher once, about N crops and mirrorings of each training image", low=1,
                              high=1000, form=int, shown="N", fixed=True,
                              clashes=(((), "recipe", ("published",), "which draws its own crops; leave one out"),)),
-    "temperature": Setting(4.0, "of the distillation", low=1e-3, high=100, only=("teacher", ())),
+    "temperature": Setting(4.0, "of the distillation", low=1e-3, high=1e3, only=("teacher", ())),
     "distillation_weight": Setting(0.9, "of the teacher's part in the loss", low=0, high=1,
                                    only=("teacher", ())),
 }
@@ -48,8 +48,10 @@ def distilled(loss, logits, teacher_logits, temperature, weight):
     the gradients of the soft part as large as those of the hard one for every T;
     T = 1 and weight = 1 is matching the teacher's probabilities alone.
     """
+    if temperature > 100 and logits.device.type != "mps":      # where float32 is too coarse for what is left of the differences
+        logits, teacher_logits = logits.double(), teacher_logits.double()
     soft = F.kl_div(F.log_softmax(logits / temperature, 1), F.log_softmax(teacher_logits / temperature, 1),
-                    reduction="batchmean", log_target=True)
+                    reduction="batchmean", log_target=True).to(loss.dtype)
     return weight * temperature**2 * soft + (1 - weight) * loss
 
 

@@ -164,8 +164,8 @@ def test_no_momentum_is_plain_descent(tmp_path):
     run = start_training(tmp_path / "run", "--model", "lenet5-student", "--momentum", 0, "--weight-decay", 0,
                          "--mixing", "none", "--lr", 0.5)
     folders.let_go(run.out)
-    assert run.settings["nesterov"] is False
     train.begin_round(run)
+    assert [group["nesterov"] for group in run.optimizer.param_groups] == [False]
     before = {name: tensor.detach().clone() for name, tensor in run.model.named_parameters()}
     rate = run.optimizer.param_groups[0]["lr"]
     images, labels = next(iter(run.validation))
