@@ -48,7 +48,7 @@ def distilled(loss, logits, teacher_logits, temperature, weight):
     the gradients of the soft part as large as those of the hard one for every T;
     T = 1 and weight = 1 is matching the teacher's probabilities alone.
     """
-    if temperature > 100 and logits.device.type != "mps":      # where float32 is too coarse for what is left of the differences
+    if temperature > 100 and logits.device.type != "mps":      # of what is left float32 tells little
         logits, teacher_logits = logits.double(), teacher_logits.double()
     soft = F.kl_div(F.log_softmax(logits / temperature, 1), F.log_softmax(teacher_logits / temperature, 1),
                     reduction="batchmean", log_target=True).to(loss.dtype)
