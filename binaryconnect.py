@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+BINARY = ("binary", "binary-stochastic")      # of the lines WEIGHTS, those that train so
+
 
 def binary_weights(model):
     """{name: weight} of every convolution and linear layer that trains; a whitening stem is as it was set."""

@@ -8,10 +8,10 @@ from contextlib import nullcontext
 
 import binaryconnect
 import quantization
+from binaryconnect import BINARY
 from engine.settings import Setting, line
 from filter_pruning import SHRINKING
 
-BINARY = ("binary", "binary-stochastic")
 CHOICES = ("float", *BINARY, "lsq")
 SETTINGS = {
     "weights": line("float", CHOICES, clashes=(

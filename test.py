@@ -48,7 +48,7 @@ def test_network(model, data, kind, precision, device, batch_size=500, limit=Non
 
 
 def bytes_of(path, model, network):
-    """`sizes_of` a network; the file that was read, and what others would take; of few bits packed too.
+    """`sizes_of` a network, of few bits packed too, and of a file that was exported its own.
 
     That alone where it was read from such a file.
     """
@@ -59,7 +59,7 @@ def bytes_of(path, model, network):
     if quantization.bits_of(model):
         with checkpoint.noted():          # sums beyond what integers hold: the accuracy counts
             sizes["packed"] = len(integer_inference.packed_bytes(model.cpu(), structure))
-    return {"file": os.path.getsize(path), **sizes}
+    return sizes if str(path).endswith(".pt") else {"file": os.path.getsize(path), **sizes}
 
 
 def sizes_of(network):

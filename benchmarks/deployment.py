@@ -36,6 +36,8 @@ def named(given):
     """(name, path) of NAME=PATH; of a path alone, named as its run or, outside a run, as its file."""
     name, found, path = ("", "", given) if Path(given).exists() else given.rpartition("=")
     path = checkpoint.find(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
     return (name if found else path.parent.name if path.name == "model.pt" else path.name.split(".")[0]), path
 
 
@@ -103,10 +105,10 @@ def test_form(form, path, batches):
     return 100 * torch.cat(right).float().mean().item()
 
 
-def measure(name, source, folder, data, kind, arguments):
-    """The rows of one network, a form each, on images of a `kind`. Only what was trained is tested."""
+def measure(name, source, folder, data, arguments):
+    """The rows of one network, a form each. Only what was trained is tested."""
     profile = json.loads(call(["profil.py", "--checkpoint", str(source), "--json"]))
-    rows, accuracies = [], {}
+    kind, rows, accuracies = networks.data_of(source, load_network(source)[1])[1], [], {}
     for form in forms_of(source):
         ending = FORMS[form]
         path = Path(folder) / f"network{ending}"
@@ -215,7 +217,7 @@ def main(argv):
         dense = Path(folder) / "dense.pt"
         write_dense(dense, arguments.dataset)
         for name, source in {DENSE: dense, **given}.items():
-            rows += measure(name, source, folder, data, kind, arguments)
+            rows += measure(name, source, folder, data, arguments)
         compare(rows, os.path.getsize(dense))
     print("\n" + markdown_of(rows))
     if arguments.json:

@@ -30,7 +30,7 @@ def read_picture(path, shape, background=WHITE):
     from PIL import Image, ImageOps, UnidentifiedImageError
     height, width, channels = shape
     try:
-        if Path(path).exists() and not Path(path).is_file():
+        if isinstance(path, (str, os.PathLike)) and Path(path).exists() and not Path(path).is_file():
             raise ValueError("it is no file")          # of a pipe, opening it would wait for ever
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")            # of oddities in files that can be read

@@ -92,7 +92,9 @@ def draw_progress(path, lines, label):
     figure, axes = figure_of(8, 4.5)
     for name, (spent, history) in lines.items():
         axes.plot(spent, history["validation_accuracy"], marker=".", label=name)
-    axes.set(xscale="log", xlabel=label, ylabel="validation accuracy (%)")
+    axes.set(xlabel=label, ylabel="validation accuracy (%)")
+    if any((spent > 0).any() for spent, _ in lines.values()):      # of tiny runs seconds are 0.0
+        axes.set_xscale("log")
     axes.grid(alpha=0.4)
     if lines:
         axes.legend(fontsize=8)

@@ -125,14 +125,14 @@ def combine(path, study):
                              "influence is reckoned from them: make arms of such a choice")
         if len(set(values)) < len(values):
             raise ValueError(f"{path}: factor {name!r} has a value twice: {str(values)[:60]}")
-    flags = [factor["flag"] for factor in factors.values()]
-    twice = next((flag for flag in flags if flags.count(flag) > 1), None)
-    if twice:
-        raise ValueError(f"{path}: two factors are of the flag {twice}, and only the last would count")
     if "arms" in study:
         raise ValueError(f"{path}: factors make the arms; leave out one of the two")
     if math.prod(len(factor["values"]) for factor in factors.values()) > 10_000:
         raise ValueError(f"{path}: the factors have more than 10,000 combinations")
+    flags = [factor["flag"] for factor in factors.values()]
+    twice = next((flag for flag in flags if flags.count(flag) > 1), None)
+    if twice:
+        raise ValueError(f"{path}: two factors are of the flag {twice}, and only the last would count")
     arms = []
     for values in itertools.product(*(factor["values"] for factor in factors.values())):
         chosen = dict(zip(factors, values, strict=True))

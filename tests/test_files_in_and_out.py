@@ -12,7 +12,6 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from sample_runs import SMALL
-from test_study import study_file
 
 import cifar10
 import export
@@ -68,9 +67,10 @@ def test_a_study_leaves_a_run_that_another_process_has_just_begun(tmp_path):
 
 
 def test_two_factors_of_one_flag_are_refused(tmp_path):
-    factors = {name: {"flag": "--lr", "values": [0.1, 0.2]} for name in ("x", "y")}
+    factors, path = {name: {"flag": "--lr", "values": [0.1, 0.2]} for name in ("x", "y")}, tmp_path / "a.json"
+    path.write_text(json.dumps({"seeds": [0], "factors": factors, "run": "train.py --model lenet5"}))
     with pytest.raises(ValueError, match="two factors are of the flag --lr"):
-        read_study(study_file(tmp_path, arms=None, factors=factors, run="train.py --model lenet5"))
+        read_study(path)
 
 
 # ---- whose numbers a report has
