@@ -7,8 +7,9 @@
     BC(model).clip()                          # real weights stay within [-H, H]
 
 Courbariaux et al. 2015 (arXiv:1511.00363), algorithm 1. Every convolution and
-linear weight that trains is binary; batch norm, biases and a stem that was set once stay real. With pruning masks the
-values are -H, 0 and +H. `BC` offers the same under its customary names.
+linear weight that trains is binary; batch norm, biases and a whitening stem, which is
+set once, stay real. With pruning masks the values are -H, 0 and +H. `BC` offers the same
+under its customary names.
 """
 from contextlib import contextmanager
 

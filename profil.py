@@ -298,7 +298,7 @@ def main(argv):
     else:
         print(f"network: {f'{arguments.model}, ' if arguments.model else ''}{source}")
         print_table(rows, totals)
-    if not arguments.model and arguments.bits == [16] and run_files.is_result(source):
+    if not arguments.model and set(arguments.bits) == {16} and run_files.is_result(source):
         with checkpoint.noted():
             names = ("name", "weights", "zero_weights")
             layers = [{name: row[name] for name in names} for row in rows if row["weights"]]

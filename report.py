@@ -107,8 +107,8 @@ def table_of(runs):
                            if name not in NOT_IN_TABLE} for run in runs])
     tested = {}                           # what was not tested goes with the first that was
     for run in runs:
-        tested.setdefault(json.dumps(run["settings"]), run["precision"])
-        tested[json.dumps(run["settings"])] = tested[json.dumps(run["settings"])] or run["precision"]
+        method = json.dumps(run["settings"])
+        tested[method] = tested.get(method) or run["precision"]
     frame["together"] = [json.dumps([run["settings"], run["precision"] or tested[json.dumps(run["settings"])]])
                          for run in runs]
     numbers = ["validation_accuracy", "test_accuracy", "minutes", "nonzero", "parameters_removed", "macs",
