@@ -124,27 +124,26 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
             parts, gains = neurons(model.get_submodule(space["norms"][0]))
             norms *= gains
         limit = threshold * norms.max().item() if relative else threshold
-        keep = shrinking.balanced(~(norms > limit), norms, *shrinking.partitions(model, space))
-        weak = shorten(parts, limit, norms, keep)
-        found[space["name"]] = len(norms), len(keep), int(weak.sum()) - len(norms) + len(keep)
+        weak = ~(norms > limit)
+        keep = shrinking.balanced(weak, norms, *shrinking.partitions(model, space))
+        held = weak & torch.isin(torch.arange(len(norms)), keep)
+        shorten(parts, limit, norms, held)
+        found[space["name"]] = len(norms), len(keep), int(held.sum())
         if len(keep) < len(norms):
             shrinking.remove(model, space, keep, average, optimizer, masks)
     return found
 
 
-def shorten(parts, limit, norms, keep):
-    """Equation 1 on a layer's `parts`, (channels, weights) each, in place; weak channels in `keep` stay as they are.
+def shorten(parts, limit, norms, held):
+    """Equation 1 on a layer's `parts`, (channels, weights) each, in place; the channels `held` stay as they are.
 
-    limit: the threshold; norms: (C,). Returns (C,) bool: which of all channels are weak.
+    limit: the threshold; norms: (C,); held: (C,) bool.
     """
-    weak = torch.ones(len(norms)).bool()
     for channels, weights in parts:
-        held = torch.isin(channels, keep) & ~(norms[channels] > limit)
-        before = weights[held.to(weights.device)].clone()
-        strong = absolute_reduce(weights, limit, norms[channels].to(weights.device)).cpu()
-        weights[held.to(weights.device)] = before
-        weak[channels[strong]] = False
-    return weak
+        rows = held[channels].to(weights.device)
+        before = weights[rows].clone()
+        absolute_reduce(weights, limit, norms[channels].to(weights.device))
+        weights[rows] = before
 
 
 def trained_spaces(model):

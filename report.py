@@ -105,12 +105,11 @@ def table_of(runs):
     """One row for each set of runs that differ in their seed alone, as a DataFrame."""
     frame = pd.DataFrame([{name: value for name, value in run.items()
                            if name not in NOT_IN_TABLE} for run in runs])
-    tested = {}                           # what was not tested goes with the first that was
-    for run in runs:
-        method = json.dumps(run["settings"])
+    methods, tested = [json.dumps(run["settings"]) for run in runs], {}
+    for method, run in zip(methods, runs, strict=True):      # what was not tested goes with the first that was
         tested[method] = tested.get(method) or run["precision"]
-    frame["together"] = [json.dumps([run["settings"], run["precision"] or tested[json.dumps(run["settings"])]])
-                         for run in runs]
+    frame["together"] = [json.dumps([method, run["precision"] or tested[method]])
+                         for method, run in zip(methods, runs, strict=True)]
     numbers = ["validation_accuracy", "test_accuracy", "minutes", "nonzero", "parameters_removed", "macs",
                "macs_removed", "score_course", "bytes", "pflop"]
     frame[numbers] = frame[numbers].astype(float)

@@ -204,14 +204,15 @@ def main(argv):
     """Export, test, time, compare, print, write."""
     arguments = parse(argv)
     given = dict(named(each) for each in arguments.checkpoints)
-    datasets = {load_network(path)[1]["dataset"] for path in given.values()}
+    states = [(path, load_network(path)[1]) for path in given.values()]
+    datasets = {state["dataset"] for _, state in states}
     if len(datasets) > 1 or len(given) < len(arguments.checkpoints):
         raise ValueError(f"networks of {', '.join(sorted(datasets))}, called {', '.join(given)}: "
                          "they must be of one data set and have a name each (NAME=PATH)")
     arguments.dataset = datasets.pop()
     if arguments.json:
         cifar10.check_folder(Path(arguments.json).parent)         # before minutes of measuring
-    kind = next(networks.data_of(path, load_network(path)[1])[1] for path in given.values())
+    _, kind = networks.data_of(*states[0])
     data, rows = cifar10.load(arguments.dataset, arguments.data, kind.classes), []
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.pt"
