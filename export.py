@@ -21,7 +21,7 @@ import torch
 import cifar10
 import quantization
 from deploy import integer_inference, onnx_files
-from engine import checkpoint, commandline, packing, shrinking
+from engine import checkpoint, commandline, packing, shrinking, tensor_files
 from networks import data_of, load_network
 from train import find_checkpoint
 
@@ -53,7 +53,7 @@ def export(model, state, target, data=None):
         integer_inference.save_packed(target, model, {name: network[name] for name in network if name != "weights"})
     elif ending == ".safetensors":
         expected = network["weights"]
-        checkpoint.save_safetensors(target, network)
+        checkpoint.write(target, tensor_files.to_bytes(network, checkpoint.FORMAT))
     else:
         eight_bits = ending in EIGHT_BITS
         expected = (packing.to_eight_bits if eight_bits else packing.to_half)(network["weights"])

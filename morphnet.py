@@ -26,6 +26,7 @@ from torch import nn
 
 from engine import checkpoint
 from engine.settings import Setting
+from engine.widths import layer_like, widths_of
 from resnet_factorized import initialise
 
 METRICS = ("macs", "parameters", "latency")
@@ -366,7 +367,7 @@ def rebuild(model, structure):
     global generator. Raises ValueError for a structure that does not fit the model.
     """
     structure, removable = check_structure(model, structure), blocks_of(model)
-    spaces, widths = spaces_of(model), checkpoint.widths_of(model)
+    spaces, widths = spaces_of(model), widths_of(model)
     for space in spaces:
         width = structure[space["name"]]
         for name in space["makers"]:
@@ -381,7 +382,7 @@ def rebuild(model, structure):
     depthwise, layers = {name for space in spaces for name in space["depthwise"]}, dict(model.named_modules())
     for name in [name for name in widths if name in layers]:
         weight = layers[name].weight if name in depthwise else None
-        model.set_submodule(name, checkpoint.layer_like(layers[name], widths[name], weight))
+        model.set_submodule(name, layer_like(layers[name], widths[name], weight))
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         initialise(model)
     return model

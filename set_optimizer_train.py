@@ -26,7 +26,8 @@ SETTINGS = {
     **only("optimizer", ("muon",), {
         "muon_lr": Setting(0.02, "learning rate of the filters", low=1e-12, high=1e30),
         "muon_momentum": Setting(0.9, "of the filters", low=0, below=1),
-        "muon_decay": Setting(0.1, "weight decay of the filters, times their rate", low=0, high=1e30),
+        "muon_decay": Setting(0.1, "weight decay of the filters, times their rate", low=0, high=1e30,
+                              only=(("optimizer", ("muon",)), ("keep_norm", (False,)))),
         "keep_norm": Setting(False, "Muon: each filter bank keeps one norm, in place of weight decay", clashes=(
             ((True,), "weights", BINARY, "whose weights are clipped below that norm; leave one out"),)),
     }),

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from engine import checkpoint, packing
+from engine.widths import resize
 
 FLOATS = "a packed file holds a network of few bits, this one has floats; --weights lsq trains one"
 
@@ -229,7 +230,7 @@ def load_packed(model, state, path):
     try:
         shapes = {f"{name}.weight": torch.empty(entry["shape"], device="meta")
                   for name, entry in state["integers"].items()}
-        checkpoint.resize(model, state["widths"], shapes | state["weights"])
+        resize(model, state["widths"], shapes | state["weights"])
         for name, entry in state["integers"].items():
             integer_layer(model.get_submodule(name), name, entry)
         for name in state["folded"]:

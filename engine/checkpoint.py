@@ -22,9 +22,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from engine import packing
+from engine import packing, tensor_files
+from engine.widths import resize, widths_of
 
 FORMAT = 1
 LARGEST = 2**31      # bytes that a compressed file may expand to
@@ -176,7 +176,7 @@ def read(path):
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     content = inflate(path, path.read_bytes())
-    state = read_safetensors(path, content) if content[8:10] == b'{"' else read_archive(path, content)
+    state = tensor_files.read(path, content) if content[8:10] == b'{"' else read_archive(path, content)
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise ValueError(f"{path} is not a checkpoint of this project: it names no format")
     if state["format"] > FORMAT:
@@ -271,10 +271,31 @@ def sha256_of(path):
 
 
 def merge_json(path, values):
-    """Put `values` into the JSON object at `path`, beside what it already holds."""
+    """Put `values` into the JSON object at `path`, in a run's folder, beside what it already holds.
+
+    Of two processes that do so at once, the second waits for the first.
+    """
     path = Path(path)
-    held = read_json(path) if path.exists() else {}
-    write(path, (json.dumps(held | values, indent=1) + "\n").encode())
+    with locked(path.with_name("config.json")):
+        held = read_json(path) if path.exists() else {}
+        write(path, (json.dumps(held | values, indent=1) + "\n").encode())
+
+
+@contextmanager
+def locked(path):
+    """A block that one process at a time is in; `path`: a file to lock for it, where the system has locks."""
+    try:
+        import fcntl
+        handle = os.open(path, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):           # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 # ---- weights
@@ -282,19 +303,6 @@ def merge_json(path, values):
 def weights_of(model):
     """{name: tensor} of a model's parameters and buffers, copied to the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-
-def widths_of(model):
-    """{layer: [inputs, outputs]} of every convolution and linear layer, {layer: [channels]} of every batch norm."""
-    widths = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            widths[name] = [module.in_channels, module.out_channels]
-        elif isinstance(module, nn.Linear):
-            widths[name] = [module.in_features, module.out_features]
-        elif isinstance(module, nn.BatchNorm2d):
-            widths[name] = [module.num_features]
-    return widths
 
 
 def network_of(model, architecture):
@@ -327,73 +335,11 @@ def describe(tensor):
     return "absent" if tensor is None else "x".join(map(str, tensor.shape)) or "one number"
 
 
-def resize(model, widths, weights):
-    """Give every layer the width that a file has, and remove those that it lacks.
-
-    The weights of a changed layer are then undefined. weights: the file's tensors;
-    their shapes tell the groups of a convolution, and a buffer that is None in
-    `model` and a tensor in the file is made.
-    """
-    for name, width in widths_of(model).items() if widths else ():
-        if name not in widths:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, None)
-        elif widths[name] != width:
-            layer = model.get_submodule(name)
-            model.set_submodule(name, layer_like(layer, widths[name], weights.get(f"{name}.weight")))
-    for parent, module in model.named_modules():
-        for leaf, buffer in module._buffers.items():
-            made = weights.get(f"{parent}.{leaf}")
-            if buffer is None and made is not None:
-                setattr(module, leaf, torch.zeros_like(made, device=next(module.parameters()).device))
-
-
-def layer_like(layer, width, weight=None):
-    """A fresh layer like `layer` but for its width; the shape of `weight` gives a convolution's groups."""
-    if isinstance(layer, nn.Conv2d):
-        groups = layer.groups if weight is None else width[0] // max(1, weight.shape[1])
-        fresh = nn.Conv2d(*width, layer.kernel_size, layer.stride, layer.padding, groups=groups,
-                          bias=layer.bias is not None)
-    elif isinstance(layer, nn.Linear):
-        fresh = nn.Linear(*width, bias=layer.bias is not None)
-    else:
-        fresh = nn.BatchNorm2d(*width, layer.eps, layer.momentum)
-    fresh = fresh.to(layer.weight.device, layer.weight.dtype).train(layer.training)
-    for own, given in zip(fresh.parameters(), layer.parameters(), strict=False):
-        own.requires_grad_(given.requires_grad)
-    return layer.like(fresh) if hasattr(layer, "like") else fresh      # of few bits: quantization.QuantizedConv2d
-
-
 # ---- compact files
 
 def save_compact(path, network, eight_bits=False):
     """Write a network in half precision or 8 bits, zeros as one bit each, compressed; see `packing.compact`."""
     write(path, compact_bytes(network, eight_bits))
-
-
-def save_safetensors(path, network):
-    """Write a network's weights as safetensors, the structure and its data set as JSON in its metadata."""
-    from safetensors.torch import save as to_bytes
-    structure = {name: network[name] for name in ("architecture", "widths", "dataset", "kind") if name in network}
-    weights = {name: tensor.contiguous() for name, tensor in network["weights"].items()}
-    write(path, to_bytes(weights, {"format": str(FORMAT), "network": json.dumps(structure)}))
-
-
-def read_safetensors(path, content):
-    """The dictionary in a safetensors file of `save_safetensors`; ValueError where it is damaged or another's."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load as from_bytes
-    try:
-        weights = from_bytes(content)
-        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
-    except (SafetensorError, ValueError) as problem:
-        raise ValueError(f"{path} is damaged: {problem}") from None
-    if "network" not in header:
-        raise ValueError(f"{path} holds tensors alone; a network of this project has its structure in the metadata")
-    try:
-        return {"format": int(header["format"]), **json.loads(header["network"]), "weights": weights}
-    except (KeyError, TypeError, ValueError, RecursionError) as problem:
-        raise ValueError(f"{path} has a structure in its metadata that cannot be read: {problem}") from None
 
 
 def compact_bytes(network, eight_bits=False):

@@ -23,7 +23,8 @@ class Setting(NamedTuple):
     nothing of the method; fixed: not even --force changes it then. clashes: (own
     values, or () for any but the default; another setting; values of that; why);
     alone: (values, why) that several processes cannot train with. only: (another
-    setting, its values, or () for any but the default) without which it changes nothing.
+    setting, its values, or () for any but the default) without which it changes
+    nothing, or a tuple of such pairs.
     """
 
     default: object = None
@@ -187,15 +188,21 @@ def idle(table, settings, given):
     """What is `given` by a flag, is not the default, and changes nothing beside the other settings, as sentences."""
     found = []
     for name in given:
-        setting = table[name]
-        if not setting.only or settings[name] == setting.default:
+        if settings[name] == table[name].default:
             continue
-        other, values = setting.only
-        theirs = settings[other]
-        if theirs not in values if values else theirs == table[other].default:
-            need = flag_of(other, " or ".join(map(str, values)) if values else table[other].shown or "...")
-            found.append(f"{flag_of(name, settings[name])} changes nothing without {need}")
+        for other, values in needs_of(table[name]):
+            theirs = settings[other]
+            if theirs not in values if values else theirs == table[other].default:
+                need = (f"--no-{other.replace('_', '-')}" if values == (False,) else
+                        flag_of(other, " or ".join(map(str, values)) if values else table[other].shown or "..."))
+                found.append(f"{flag_of(name, settings[name])} changes nothing without {need}")
+                break
     return found
+
+
+def needs_of(setting):
+    """The pairs of (another setting, its values) without which a setting changes nothing."""
+    return setting.only if not setting.only or isinstance(setting.only[0], tuple) else (setting.only,)
 
 
 # ---- a run that goes on

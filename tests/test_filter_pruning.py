@@ -18,6 +18,7 @@ import train
 import train_pruning
 from engine import checkpoint, compiling
 from engine.settings import defaults_of
+from engine.widths import widths_of
 from filter_pruning import (
     Pruner,
     absolute_reduce,
@@ -307,7 +308,7 @@ def test_the_cycle_ends_when_nothing_qualifies_and_never_empties_a_layer():
     pruner = Pruner({"pruning_percent_step": 1, "pruning_standard_deviation_part": 0, "stop_loss": 1})
     history = pruner.prune(model, lambda network, epochs: None, lambda network: 0.5)
     assert 2 < len(history) < 30
-    assert all(width > 0 for widths in checkpoint.widths_of(model).values() for width in widths)
+    assert all(width > 0 for widths in widths_of(model).values() for width in widths)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 

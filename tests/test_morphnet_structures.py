@@ -15,6 +15,7 @@ import models
 import morphnet
 import resnet_factorized
 from engine import checkpoint
+from engine.widths import widths_of
 
 DEVICE = (1e9, 1e8)        # MACs and bytes a second
 
@@ -54,11 +55,11 @@ def test_an_absent_structure_is_named(tmp_path):
 def test_structures_of_other_networks_are_refused(resnet, change, reason):
     model, sizes, structure = resnet
     structure = {name: width for name, width in (structure | change).items() if width is not None}
-    before = checkpoint.widths_of(model)
+    before = widths_of(model)
     for function in (morphnet.rebuild, lambda *given: morphnet.expand(*given, sizes, "macs", 1e8)):
         with pytest.raises(ValueError, match=reason):
             function(model, structure)
-    assert checkpoint.widths_of(model) == before
+    assert widths_of(model) == before
 
 
 # ---- expansion

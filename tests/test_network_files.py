@@ -10,6 +10,7 @@ from samples import small_network
 from torch import nn
 
 from engine import checkpoint, packing
+from engine.widths import widths_of
 from resnet_factorized import build
 
 ARCHITECTURE = {"name": "resnet18", "groups": 8, "shuffle": True, "num_classes": 10, "in_channels": 3}
@@ -208,7 +209,7 @@ def test_narrower_layers_are_rebuilt_from_the_file(tmp_path, save):
     other = build(**ARCHITECTURE).eval()
     checkpoint.load_weights(other, ARCHITECTURE, state)
     assert same(checkpoint.weights_of(other), checkpoint.weights_of(model))
-    assert checkpoint.widths_of(other) == checkpoint.widths_of(model)
+    assert widths_of(other) == widths_of(model)
     assert other.layer2[0].conv1.out_channels == 40 and other.layer2[0].conv1.stride == (2, 2)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

@@ -21,7 +21,7 @@ import test as half_test
 import train
 import train_pruning
 from deploy import onnx_files
-from engine import checkpoint
+from engine import checkpoint, tensor_files
 from networks import data_of, load_network
 
 ENDINGS = [".pt.gz", ".int8.pt.gz", ".safetensors", ".onnx", ".w8.onnx", ".int8.onnx"]
@@ -252,7 +252,7 @@ def test_another_form_is_refused_before_any_image(named, dataset, told, ending, 
     if ending == ".onnx":
         onnx_files.write_onnx(load_network(path)[0], tmp_path / "model.onnx", (3, 32, 32), named)
     elif ending == ".safetensors":
-        checkpoint.save_safetensors(tmp_path / "model.safetensors", checkpoint.read(path))
+        (tmp_path / "model.safetensors").write_bytes(tensor_files.to_bytes(checkpoint.read(path), 1))
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     flags = ["--checkpoint", str(tmp_path / f"model{ending}"), "--dataset", dataset]
     with pytest.raises(ValueError, match=told):

@@ -17,6 +17,7 @@ import quantization
 import train
 import train_pruning
 from engine import checkpoint
+from engine.widths import widths_of
 from networks import load_network
 
 DIGITS = shlex.split("--dataset digits --compile off --device cpu --model lenet5")
@@ -210,7 +211,7 @@ def test_bits_that_do_not_fit_a_network_are_refused(bits):
 def test_quantized_layers_are_found_by_every_technique():
     model = lenet(quantization.layer_bits(lenet(), 2, 4))
     assert list(pruning.prunable(model)) == [f"{name}.weight" for name in LAYERS]
-    assert checkpoint.widths_of(model) == checkpoint.widths_of(lenet())
+    assert widths_of(model) == widths_of(lenet())
 
 
 def test_eight_bits_are_close_to_float():

@@ -22,6 +22,7 @@ import test as few_bits_test
 import train
 from deploy import integer_inference
 from engine import checkpoint
+from engine.widths import widths_of
 from networks import load_network
 
 NETWORKS = [
@@ -47,7 +48,7 @@ def network_of(images, weight_bits=2, activation_bits=4, given=(), **architectur
 def save(path, model, architecture):
     """Write a packed file."""
     integer_inference.save_packed(path, model, {"architecture": architecture, "dataset": "digits",
-                                                "widths": checkpoint.widths_of(model)})
+                                                "widths": widths_of(model)})
     return path
 
 

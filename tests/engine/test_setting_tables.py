@@ -144,7 +144,8 @@ def test_the_engine_knows_no_technique_by_name():
 
 # ---- a flag whose technique is off
 
-ONLY = [(name, setting) for name, setting in train_pruning.SETTINGS.items() if setting.only and setting.help]
+ONLY = [(name, setting, pair) for name, setting in train_pruning.SETTINGS.items() if setting.help
+        for pair in settings.needs_of(setting)]
 OTHER = {float: 0.125, int: 3, bool: True, str: "a"}
 
 
@@ -156,24 +157,27 @@ def other_than_default(setting):
     return [value] if setting.many else value
 
 
-@pytest.mark.parametrize("name, setting", ONLY, ids=[name for name, _ in ONLY])
-def test_a_flag_says_so_where_it_changes_nothing_and_only_there(name, setting):
-    value, (other, values) = other_than_default(setting), setting.only
+@pytest.mark.parametrize("name, setting, pair", ONLY, ids=[f"{name}-{pair[0]}" for name, _, pair in ONLY])
+def test_a_flag_says_so_where_it_changes_nothing_and_only_there(name, setting, pair):
+    value, (other, values) = other_than_default(setting), pair
     rival = train_pruning.SETTINGS[other]
     wake = values or (other_than_default(rival),)
-    sleep = (*(set(rival.choices or ()) - set(values)), *([] if values else [rival.default]))
+    choices = rival.choices or ((True, False) if rival.kind is bool else ())
+    sleep = (*(set(choices) - set(values)), *([] if values else [rival.default]))
     assert wake and sleep
+    awake = {another: theirs[0] for another, theirs in settings.needs_of(setting) if theirs}
     for theirs in (*wake, *sleep):
-        mixed = {**train.DEFAULTS, name: value, other: theirs}
+        mixed = {**train.DEFAULTS, **awake, name: value, other: theirs}
         told = settings.idle(train_pruning.SETTINGS, mixed, {name: value})
         assert len(told) == (theirs in sleep)
-        assert all(sentence.startswith(f"--{name.replace('_', '-')} ") and f"without --{other}" in sentence
+        need = f"--{'no-' * (values == (False,))}{other}".replace("_", "-")
+        assert all(sentence.startswith(f"--{name.replace('_', '-')} ") and f"without {need}" in sentence
                    for sentence in told)
         assert settings.idle(train_pruning.SETTINGS, mixed, {}) == []
 
 
 def test_settings_that_belong_to_a_technique_are_marked_in_its_table():
-    marked = dict(ONLY)
+    marked = {name: setting for name, setting, _ in ONLY}
     assert {"weight_bits", "muon_lr", "mix_alpha", "resize_until", "temperature", "morph_budget", "filter_stop",
             "stop_loss", "prune_end", "minimum_density", "binary_scale", "ema_decay", "peak"} <= marked.keys()
     assert marked["prune_end"].only[1] == ("polynomial", "constant")       # its own mark, not the table's

@@ -12,6 +12,7 @@ import models
 import networks
 import resnet_factorized
 from engine import checkpoint, shrinking
+from engine.widths import widths_of
 
 NETWORKS = [("resnet18", 8, True), ("resnet18", 8, False), ("resnet18", 4, True), ("resnet18", 1, False),
             ("resnet50", 8, True), ("resnet20", None, None), ("wrn-10-2", None, None), ("lenet5", None, None),
@@ -124,7 +125,7 @@ def test_the_same_channels_removed_by_torch_pruning_give_the_same_output(name):
     with torch.no_grad():
         expected = theirs(images)
         torch.testing.assert_close(ours(images), expected, atol=1e-5 * max(1, expected.abs().max().item()), rtol=0)
-    assert checkpoint.widths_of(ours) == checkpoint.widths_of(theirs)
+    assert widths_of(ours) == widths_of(theirs)
 
 
 # ---- what follows a layer
