@@ -7,8 +7,10 @@
 Built on `torch.nn.utils.prune`, used on copies of the weights: the model stays a
 plain network that can be copied, compiled, averaged and saved. A mask is a bool
 tensor that the training loop applies after every step, so that neither momentum
-nor weight decay brings a weight back.
+nor weight decay brings a weight back. Zeros alone save no operation: `narrow` takes the
+weakest channels out of the network, until it has no more than a number of multiply-adds.
 """
+import copy
 import math
 import numbers
 
@@ -16,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from engine import shrinking
+from engine.operations import macs_of
 from engine.settings import Setting, line, only
 
 # ---- scores: of a weight tensor, of its shape; the largest stay. SCORE = "l1" calls l1_scores, and so on
@@ -48,6 +52,9 @@ SETTINGS = only("pruning", ("rounds", *GRADUAL), {
                            only=("pruning", GRADUAL)),
     "prune_end": Setting(0.6, "and at which it ends", low=0, high=1, only=("pruning", GRADUAL)),
     "prune_frequency": Setting(100, "and the steps between", low=1, only=("pruning", GRADUAL)),
+    "macs": Setting(None, "channels within blocks leave, the weakest first, with the last pruning, until one image "
+                    "takes at most N multiply-adds", low=1, form=int, shown="N", clashes=(
+                        ((), "weights", ("lsq",), "whose layers keep their widths; leave one out"),)),
 })
 
 
@@ -221,6 +228,84 @@ def sparsity_of(model, exclude=()):
     """The fraction of exact zeros among the convolution and linear weights."""
     weights = prunable(model, exclude).values()
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+# ---- channels that leave for a number of multiply-adds
+
+def narrow(model, macs, shape, average=None, optimizer=None, masks=None):
+    """Remove the weakest channels within the blocks of `model` until an image takes at most `macs` multiply-adds.
+
+    How strong a channel is: the magnitudes of the weights that make it times those of
+    the weights that read it, each relative to the mean of its layer. One limit holds
+    for the whole network; streams stay, and so do channels that groups have to share
+    evenly. shape: (C, H, W) of one image. average, optimizer, masks: see
+    `shrinking.remove`. Returns {layer: (channels before, after)} of what changed.
+    ValueError with the fewest multiply-adds that are possible.
+    """
+    strengths = {space["name"]: strength_of(model, space) for space in inner_spaces(model)}
+    limits = torch.cat([torch.tensor([-1.0]), *strengths.values()]).unique()      # rising; below the first none leaves
+    low, high = 0, len(limits) - 1
+    refuse_wider(macs, narrowed_macs(model, strengths, limits[high], shape))
+    while low < high:                     # the lowest limit that is enough
+        middle = (low + high) // 2
+        enough = narrowed_macs(model, strengths, limits[middle], shape) <= macs
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return remove_weak(model, strengths, limits[low], average, optimizer, masks)
+
+
+def check_macs(model, macs, shape):
+    """ValueError where `narrow` cannot get down to `macs` multiply-adds."""
+    every = {space["name"]: torch.zeros(len(model.get_submodule(space["makers"][0]).weight))
+             for space in inner_spaces(model)}
+    refuse_wider(macs, narrowed_macs(model, every, 0.0, shape))
+
+
+def refuse_wider(macs, least):
+    """ValueError where the `least` multiply-adds that are possible are more than `macs`."""
+    if least > macs:
+        raise ValueError(f"--macs {macs}: with a channel a group left within its blocks the network still has "
+                         f"{least:,} multiply-adds; give as many or more")
+
+
+def inner_spaces(model):
+    """The channel spaces that lie within blocks, or between layers in a row, and train."""
+    return [space for space in shrinking.reducible(model)
+            if not space["branch"] and model.get_submodule(space["makers"][0]).weight.requires_grad]
+
+
+@torch.no_grad()
+def strength_of(model, space):
+    """(C,) strengths of the channels of a space, 1 on average of what makes and of what reads them."""
+    made = sum_by_channel(shrinking.made_weights(model, space))
+    read = sum(sum_by_channel(shrinking.read_weights(model, space, reader)) for reader in space["readers"])
+    return made / made.mean().clamp_min(1e-30) * read / read.mean().clamp_min(1e-30)
+
+
+def sum_by_channel(parts):
+    """(C,) sums of the magnitudes in parts, each (channels, weights with one channel a row), on the CPU."""
+    sums = torch.zeros(sum(len(channels) for channels, _ in parts))
+    for channels, weights in parts:
+        sums[channels] = weights.detach().flatten(1).abs().sum(1).float().cpu()
+    return sums
+
+
+def remove_weak(model, strengths, limit, average=None, optimizer=None, masks=None):
+    """Remove the channels no stronger than `limit`, as far as groups stay even; returns what `narrow` returns."""
+    changed = {}
+    for space in inner_spaces(model):
+        strength = strengths[space["name"]]
+        keep = shrinking.balanced(strength <= limit, strength, *shrinking.partitions(model, space))
+        if len(keep) < len(strength):
+            changed[space["name"]] = len(strength), len(keep)
+            shrinking.remove(model, space, keep, average, optimizer, masks)
+    return changed
+
+
+def narrowed_macs(model, strengths, limit, shape):
+    """The multiply-adds of one image in a copy of `model` without the channels no stronger than `limit`."""
+    smaller = copy.deepcopy(model)
+    remove_weak(smaller, strengths, limit)
+    return macs_of(smaller, shape)
 
 
 # ---- sparsity over time: which sparsity a step asks for, or None where it does not prune

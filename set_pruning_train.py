@@ -1,8 +1,8 @@
 """Pruning while training: what the line PRUNING does after a step, at an epoch's end, and to the loss.
 
 `train.py` calls `prune_on_schedule` behind each update (lines "polynomial" and
-"constant"), `reduce_filters` at each epoch's end (line "filters"), and adds
-`search_penalty` to the loss (line "morphnet"). Pruning between rounds is in
+"constant"), `remove_channels` at each epoch's end (line "filters", and --macs), and
+adds `search_penalty` to the loss (line "morphnet"). Pruning between rounds is in
 `train_pruning.py`.
 """
 import math
@@ -10,6 +10,8 @@ import math
 import filter_pruning
 import morphnet
 import pruning
+from engine import parallel
+from engine.operations import macs_of
 from engine.settings import Setting, joined, line, only
 from filter_pruning import SHRINKING
 from pruning import GRADUAL
@@ -110,6 +112,8 @@ def check_pruning(settings, model, masks, round_, steps, shape):
     if sparsity:
         pruning.check_sparsities(model, sparsity[round_:], masks, settings["minimum_density"], settings["exclude"],
                                  "all" if how in GRADUAL else "remaining")
+    if settings["macs"] and how in ("rounds", *GRADUAL):
+        check_narrowing(settings, model, shape)
     if how in GRADUAL and settings["epochs"][0] * steps < 2:
         raise ValueError(f"--pruning {how} prunes between the first and the last step, and this run has one; give it "
                          "more --epochs or a smaller --batch-size")
@@ -122,6 +126,15 @@ def check_pruning(settings, model, masks, round_, steps, shape):
         search = start_search(settings, round_, model, shape)
         if search:
             check_budget(settings, model, search)
+
+
+def check_narrowing(settings, model, shape):
+    """ValueError where --macs has no pruning to come with, several processes, or too few multiply-adds."""
+    if not settings["sparsity"]:
+        raise ValueError(f"--macs {settings['macs']} comes with the last pruning, and there is none: give --sparsity")
+    if parallel.ranks() > 1:
+        raise ValueError("--macs shrinks the network, which takes one process: run it without torchrun")
+    pruning.check_macs(model, settings["macs"], shape)
 
 
 def check_budget(settings, model, search):
@@ -177,6 +190,32 @@ def never_reduces(settings, parameters):
         return (f"--pruning filters removes nothing: {parameters:,} parameters are no more than --filter-until "
                 f"{settings['filter_until']}")
     return ""
+
+
+def remove_channels(settings, epoch, steps, shape, model, average, optimizer, masks):
+    """What leaves the network after `epoch` epochs of a round, as text; "" where nothing does.
+
+    steps: of one epoch; shape: (C, H, W) of one image. Average, optimizer and masks shrink with it.
+    """
+    if settings["pruning"] == "filters":
+        return reduce_filters(settings, epoch, model, average, optimizer, masks)
+    if settings["pruning"] not in GRADUAL or not settings["macs"]:
+        return ""
+    last = when_of(settings, settings["epochs"][0] * steps)[1] // steps      # the epoch before the one that ends it
+    return narrow(settings, shape, model, average, optimizer, masks) if epoch >= last else ""
+
+
+def narrow(settings, shape, model, average, optimizer, masks):
+    """Channels leave until --macs is met; which, as text: "" where it is met already."""
+    if macs_of(model, shape) <= settings["macs"]:
+        return ""
+    left = pruning.narrow(model, settings["macs"], shape, average, optimizer, masks)
+    return told(left) + f"; {macs_of(model, shape):,} multiply-adds"
+
+
+def told(left):
+    """{layer: (channels before, after)} as text."""
+    return ", ".join(f"{name} {before} -> {after}" for name, (before, after) in left.items())
 
 
 def reduce_filters(settings, epoch, model, average, optimizer, masks):

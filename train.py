@@ -36,7 +36,7 @@ from experiment import (
 )
 from networks import image_shape
 from set_distillation_train import ask, distilled, teach
-from set_pruning_train import GRADUAL, prune_on_schedule, ranks_at, reduce_filters, search_penalty
+from set_pruning_train import GRADUAL, prune_on_schedule, ranks_at, remove_channels, search_penalty
 from set_quantization_train import after_step, evaluation_weights, step_weights
 from set_resizing_train import resized, side_of
 
@@ -71,15 +71,15 @@ WEIGHTS = "float"
 # WEIGHTS = "binary"          # -H or +H, by sign, arXiv:1511.00363
 # WEIGHTS = "binary-stochastic"  # -H or +H, drawn
 # WEIGHTS = "lsq"             # few bits, of activations too; their steps are learned, arXiv:1902.08153
-OPTIMIZER = "sgd"             # one rate for all weights
-# OPTIMIZER = "muon"          # filters move by orthogonal matrices, kellerjordan.github.io/posts/muon
+OPTIMIZER = "muon"            # filters move by orthogonal matrices, kellerjordan.github.io/posts/muon
+# OPTIMIZER = "sgd"           # one rate for all weights
 SCHEDULE = "one-cycle"        # up for a quarter, down to zero, arXiv:1708.07120
 # SCHEDULE = "cosine"         # short warm-up, then half a cosine, arXiv:1608.03983
 # SCHEDULE = "plateau"        # a tenth when the validation loss stalls
 AVERAGING = "ema"             # exponential moving average of the weights
 # AVERAGING = "none"
-FLIPS = "random"              # an image is mirrored by a draw
-# FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
+FLIPS = "alternating"         # an image is mirrored in every second epoch, arXiv:2404.00498
+# FLIPS = "random"            # by a draw
 
 # ---- settings of the run; techniques declare theirs in their own files, those of pruning are of train_pruning.py
 SETTINGS = joined({
@@ -87,7 +87,7 @@ SETTINGS = joined({
     "data": Setting("data", "folder of the data set's files", free=True),
     "epochs": Setting([30], "of each round", low=1, high=10**6, many="+", form=int),
     "recipe": Setting("ours", "published: as the original run trained", choices=("ours", "published"), fixed=True),
-    "batch_size": Setting(64, "images a step", low=1, high=10**6),
+    "batch_size": Setting(128, "images a step", low=1, high=10**6),
     "limit": Setting(None, "at most so many images in each split", low=2, form=int),
     "all_images": Setting(False, "train on the validation images too, to compare with those who do", fixed=True,
                           clashes=(((), "recipe", ("published",), "which keeps its own batches; leave one out"),)),
@@ -100,7 +100,7 @@ SETTINGS = joined({
     }),
     "averaging": line("ema", ("ema", "none")),
     "ema_decay": Setting(0.998, "of the averaged weights, in a step", low=0, high=1, only=("averaging", ("ema",))),
-    "flips": line("random", ("random", "alternating"), clashes=(
+    "flips": line("alternating", ("alternating", "random"), older="random", clashes=(
         (("alternating",), "recipe", ("published",), "which mirrors images by a draw; leave one out"),)),
     "pad": Setting(4, "pixels by which a crop may be off", low=0, high=16, clashes=(
         ((), "recipe", ("published",), "which crops by 4; leave one out"),)),
@@ -168,12 +168,10 @@ def run_epoch(run, bar):
         run.train.epoch = len(run.history)
     loss, accuracy = train_epoch(run, bar)
     trained = time.perf_counter() - begun
-    if run.settings["pruning"] == "filters":
-        left = reduce_filters(run.settings, run.epoch + 1, run.model, run.average, run.optimizer, run.masks)
-        if left:
-            lay_out(run)
-            run.forward = compiling.again(run.model, run.forward)
-            print(f"removed: {left}", flush=True)
+    left = remove_channels(run.settings, run.epoch + 1, len(run.train), image_shape(run.kind), run.model, run.average,
+                           run.optimizer, run.masks)
+    if left:
+        lay_out_again(run, left)
     if run.settings["recalibrate"] and run.epoch + 1 == run.settings["epochs"][run.round]:
         recalibrate(run, networks_of(run)[-1])
     validation_loss, validation_accuracy = parallel.agreed(measure(run))
@@ -194,6 +192,13 @@ def run_epoch(run, bar):
         run.history.append(row)
         save(run)
     return row
+
+
+def lay_out_again(run, left):
+    """Lay out and compile the network of `run` anew after channels have left it, and print which."""
+    lay_out(run)
+    run.forward = compiling.again(run.model, run.forward)
+    print(f"removed: {left}", flush=True)
 
 
 def train_epoch(run, bar):

@@ -16,8 +16,9 @@ import train
 from engine import checkpoint, commandline, compiling, parallel
 from engine.settings import with_defaults
 from experiment import finish, lay_out, resumable, start
-from set_pruning_train import hint_of
-from train import RECIPES, fit, recalibrate
+from networks import image_shape
+from set_pruning_train import hint_of, narrow
+from train import RECIPES, fit, lay_out_again, recalibrate
 
 commandline.check_lines(__file__)      # a slip in a line below is one error line too, before Python runs it
 
@@ -58,15 +59,15 @@ PRUNING = "rounds"            # train, prune, train: between rounds
 # PRUNING = "morphnet"        # rounds search for widths, the last trains them from scratch, arXiv:1711.06798
 SCORE = "l1"                  # weights ranked by magnitude
 # SCORE = "lamp"              # by magnitude relative to their layer, arXiv:2010.07611
-OPTIMIZER = "sgd"             # one rate for all weights
-# OPTIMIZER = "muon"          # filters move by orthogonal matrices, kellerjordan.github.io/posts/muon
+OPTIMIZER = "muon"            # filters move by orthogonal matrices, kellerjordan.github.io/posts/muon
+# OPTIMIZER = "sgd"           # one rate for all weights
 SCHEDULE = "one-cycle"        # in each round: up for a quarter, down to zero, arXiv:1708.07120
 # SCHEDULE = "cosine"         # short warm-up, then half a cosine, arXiv:1608.03983
 # SCHEDULE = "plateau"        # a tenth when the validation loss stalls
 AVERAGING = "ema"             # exponential moving average of the weights
 # AVERAGING = "none"
-FLIPS = "random"              # an image is mirrored by a draw
-# FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
+FLIPS = "alternating"         # an image is mirrored in every second epoch, arXiv:2404.00498
+# FLIPS = "random"            # by a draw
 
 # ---- settings
 # gradual pruning takes the same epochs and zeros in one round: their sum, and what the sparsities compound to
@@ -81,6 +82,10 @@ def next_round(run):
 def prune(run):
     """Prune the network of `run` once and step to the next round, whose optimizer starts afresh."""
     sparsity, floor = run.settings["sparsity"][run.round], run.settings["minimum_density"]
+    if run.settings["macs"] and run.round + 1 == len(run.settings["sparsity"]):
+        left = narrow(run.settings, image_shape(run.kind), run.model, run.average, run.optimizer, run.masks)
+        if left:
+            lay_out_again(run, left)
     run.masks = pruning.global_masks(run.model, sparsity, run.masks, floor, run.settings["exclude"],
                                      run.settings["score"])
     pruning.apply_masks(run.model, run.masks)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 class Setting(NamedTuple):
     """What a setting may be.
 
-    default: of new runs, and of runs that are older than the setting. help: of its
-    flag, without the default; None: it has no flag. low, high: closed ends of the
+    default: of new runs, and of runs that are older than the setting, unless `older`
+    tells what those did. help: of its flag, without the default; None: it has no flag. low, high: closed ends of the
     accepted range; above, below: open ones. form: the type of a value, where the
     default does not tell it. choices: all its values. many: how many values it
     takes, as argparse's nargs. shown: what --help shows in place of a value.
@@ -43,6 +43,7 @@ class Setting(NamedTuple):
     clashes: tuple = ()
     alone: tuple = ((), "")
     only: tuple = ()
+    older: object = None
 
     @property
     def kind(self):
@@ -94,6 +95,11 @@ def defaults_of(table):
             else setting.default for name, setting in table.items()}
 
 
+def older_of(table):
+    """{name: what a run that is older than the setting trained with}."""
+    return defaults_of(table) | {name: setting.older for name, setting in table.items() if setting.older is not None}
+
+
 def names_of(table, mark):
     """The names of the settings with a mark: "line", "free" or "fixed"."""
     return [name for name, setting in table.items() if getattr(setting, mark)]
@@ -102,9 +108,9 @@ def names_of(table, mark):
 # ---- flags
 
 def flag_of(name, value=True):
-    """A setting as its flag, with a value that is not simply switched on: "--lr 0.1", "--all-images"."""
-    words = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
-    return " ".join([f"--{name.replace('_', '-')}", *map(str, words)])
+    """A setting as its flag, with a value that is not simply on or off: "--lr 0.1", "--all-images", "--no-shuffle"."""
+    words = value if isinstance(value, (list, tuple)) else [] if isinstance(value, bool) else [value]
+    return " ".join([f"--{'no-' * (value is False)}{name.replace('_', '-')}", *map(str, words)])
 
 
 def add_flags(parser, table):
@@ -193,8 +199,8 @@ def idle(table, settings, given):
         for other, values in needs_of(table[name]):
             theirs = settings[other]
             if theirs not in values if values else theirs == table[other].default:
-                need = (f"--no-{other.replace('_', '-')}" if values == (False,) else
-                        flag_of(other, " or ".join(map(str, values)) if values else table[other].shown or "..."))
+                need = values[0] if len(values) == 1 else " or ".join(map(str, values)) or table[other].shown or "..."
+                need = flag_of(other, need)
                 found.append(f"{flag_of(name, settings[name])} changes nothing without {need}")
                 break
     return found
@@ -212,7 +218,7 @@ def to_resume(table, state, lines, given):
 
     Raises ValueError that lists what must not differ, unless --force is given.
     """
-    free, before = names_of(table, "free"), defaults_of(table)
+    free, before = names_of(table, "free"), older_of(table)
     stored = {**before, **state["settings"]}
     held = {**{name: before[name] for name in lines}, **stored["lines"]}
     changed = {name: (stored.get(name), value) for name, value in given.items()
@@ -223,8 +229,9 @@ def to_resume(table, state, lines, given):
     fixed = [name for name in names_of(table, "fixed") if name in changed]
     if fixed:
         old, new = changed[fixed[0]]
+        way = "start a new run with another --out" if fixed[0] in given else f"go on with {flag_of(fixed[0], old)}"
         raise ValueError(f"the run in {given['out']} began with {fixed[0]} {old}; {flag_of(fixed[0])} {new} comes too "
-                         "late, with --force too: start a new run with another --out")
+                         f"late, with --force too: {way}")
     if changed and not given.get("force"):
         listed = "; ".join(f"{name}: {old} then, {new} now" for name, (old, new) in changed.items())
         raise ValueError(f"the run in {given['out']} has other settings ({listed}); --force accepts the new ones")

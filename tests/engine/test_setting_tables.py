@@ -105,6 +105,19 @@ def test_a_run_older_than_a_setting_has_its_default_and_goes_on():
         settings.to_resume(TABLE, old, {"way": "x"}, {"out": "r", "path": "p", "force": True})
 
 
+def test_a_run_older_than_a_setting_whose_default_changed_has_what_it_trained_with():
+    table = {"way": line("new", ("new", "old"), older="old", fixed=True), "wide": line(True, (True, False), fixed=True),
+             "number": Setting(3, older=4), "out": TABLE["out"]}
+    old = {"settings": {"wide": False, "lines": {"wide": False}}}
+    found = settings.to_resume(table, old, {"way": "old", "wide": False}, {"out": "r"})
+    assert (found["way"], found["number"]) == ("old", 4)
+    with pytest.raises(ValueError, match="began with way old; --way new comes too late, .*: go on with --way old$"):
+        settings.to_resume(table, old, {"way": "new", "wide": False}, {"out": "r"})
+    assert settings.to_resume(table, old, {"way": "new", "wide": False}, {"out": "r", "way": "old"})["way"] == "old"
+    with pytest.raises(ValueError, match="go on with --no-wide$"):
+        settings.to_resume(table, old, {"way": "old", "wide": True}, {"out": "r"})
+
+
 # ---- the tables of this project
 
 @pytest.mark.parametrize("script", [train, train_pruning])
@@ -171,7 +184,7 @@ def test_a_flag_says_so_where_it_changes_nothing_and_only_there(name, setting, p
         told = settings.idle(train_pruning.SETTINGS, mixed, {name: value})
         assert len(told) == (theirs in sleep)
         need = f"--{'no-' * (values == (False,))}{other}".replace("_", "-")
-        assert all(sentence.startswith(f"--{name.replace('_', '-')} ") and f"without {need}" in sentence
+        assert all(sentence.startswith(f"{settings.flag_of(name, value)} ") and f"without {need}" in sentence
                    for sentence in told)
         assert settings.idle(train_pruning.SETTINGS, mixed, {}) == []
 
