@@ -55,6 +55,8 @@ SETTINGS = only("pruning", ("rounds", *GRADUAL), {
     "macs": Setting(None, "channels within blocks leave, the weakest first, with the last pruning, until one image "
                     "takes at most N multiply-adds", low=1, form=int, shown="N", clashes=(
                         ((), "weights", ("lsq",), "whose layers keep their widths; leave one out"),)),
+    "macs_layers": Setting([], "layers that these channels leave, such as layer1.0.conv1; all that can, if none is "
+                           "named", form=str, many="+", shown="LAYER", only=("macs", ())),
 })
 
 
@@ -232,17 +234,18 @@ def sparsity_of(model, exclude=()):
 
 # ---- channels that leave for a number of multiply-adds
 
-def narrow(model, macs, shape, average=None, optimizer=None, masks=None):
+def narrow(model, macs, shape, layers=(), average=None, optimizer=None, masks=None):
     """Remove the weakest channels within the blocks of `model` until an image takes at most `macs` multiply-adds.
 
     How strong a channel is: the magnitudes of the weights that make it times those of
     the weights that read it, each relative to the mean of its layer. One limit holds
     for the whole network; streams stay, and so do channels that groups have to share
-    evenly. shape: (C, H, W) of one image. average, optimizer, masks: see
-    `shrinking.remove`. Returns {layer: (channels before, after)} of what changed.
-    ValueError with the fewest multiply-adds that are possible.
+    evenly. shape: (C, H, W) of one image; layers: names of those that lose channels,
+    all where there is none. average, optimizer, masks: see `shrinking.remove`.
+    Returns {layer: (channels before, after)} of what changed. ValueError with the
+    fewest multiply-adds that are possible.
     """
-    strengths = {space["name"]: strength_of(model, space) for space in inner_spaces(model)}
+    strengths = {space["name"]: strength_of(model, space) for space in inner_spaces(model, layers)}
     limits = torch.cat([torch.tensor([-1.0]), *strengths.values()]).unique()      # rising; below the first none leaves
     low, high = 0, len(limits) - 1
     refuse_wider(macs, narrowed_macs(model, strengths, limits[high], shape))
@@ -253,24 +256,31 @@ def narrow(model, macs, shape, average=None, optimizer=None, masks=None):
     return remove_weak(model, strengths, limits[low], average, optimizer, masks)
 
 
-def check_macs(model, macs, shape):
-    """ValueError where `narrow` cannot get down to `macs` multiply-adds."""
+def check_macs(model, macs, shape, layers=()):
+    """ValueError where `narrow` cannot get down to `macs` multiply-adds, or for a layer that cannot lose channels."""
     every = {space["name"]: torch.zeros(len(model.get_submodule(space["makers"][0]).weight))
-             for space in inner_spaces(model)}
+             for space in inner_spaces(model, layers)}
     refuse_wider(macs, narrowed_macs(model, every, 0.0, shape))
 
 
 def refuse_wider(macs, least):
     """ValueError where the `least` multiply-adds that are possible are more than `macs`."""
     if least > macs:
-        raise ValueError(f"--macs {macs}: with a channel a group left within its blocks the network still has "
-                         f"{least:,} multiply-adds; give as many or more")
+        raise ValueError(f"--macs {macs}: without any channel that can leave the network still has {least:,} "
+                         "multiply-adds; give as many or more")
 
 
-def inner_spaces(model):
-    """The channel spaces that lie within blocks, or between layers in a row, and train."""
-    return [space for space in shrinking.reducible(model)
-            if not space["branch"] and model.get_submodule(space["makers"][0]).weight.requires_grad]
+def inner_spaces(model, layers=()):
+    """The channel spaces that lie within blocks, or between layers in a row, and train; of the `layers`, if any.
+
+    ValueError for one that is not there.
+    """
+    spaces = {space["name"]: space for space in shrinking.reducible(model)
+              if not space["branch"] and model.get_submodule(space["makers"][0]).weight.requires_grad}
+    unknown = [name for name in layers if name not in spaces]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} cannot lose channels by --macs; these can: {', '.join(spaces) or 'none'}")
+    return [space for name, space in spaces.items() if not layers or name in layers]
 
 
 @torch.no_grad()
@@ -292,7 +302,7 @@ def sum_by_channel(parts):
 def remove_weak(model, strengths, limit, average=None, optimizer=None, masks=None):
     """Remove the channels no stronger than `limit`, as far as groups stay even; returns what `narrow` returns."""
     changed = {}
-    for space in inner_spaces(model):
+    for space in inner_spaces(model, strengths):
         strength = strengths[space["name"]]
         keep = shrinking.balanced(strength <= limit, strength, *shrinking.partitions(model, space))
         if len(keep) < len(strength):
