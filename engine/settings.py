@@ -15,16 +15,16 @@ class Setting(NamedTuple):
     """What a setting may be.
 
     default: of new runs, and of runs that are older than the setting, unless `older`
-    tells what those did. help: of its flag, without the default; None: it has no flag. low, high: closed ends of the
-    accepted range; above, below: open ones. form: the type of a value, where the
-    default does not tell it. choices: all its values. many: how many values it
-    takes, as argparse's nargs. shown: what --help shows in place of a value.
-    line: a technique line chooses it. free: may differ when a run goes on, and says
-    nothing of the method; fixed: not even --force changes it then. clashes: (own
-    values, or () for any but the default; another setting; values of that; why);
-    alone: (values, why) that several processes cannot train with. only: (another
-    setting, its values, or () for any but the default) without which it changes
-    nothing, or a tuple of such pairs.
+    tells what those did. help: of its flag, without the default; None: it has no
+    flag. low, high: closed ends of the accepted range; above, below: open ones. form:
+    the type of a value, where the default does not tell it. choices: all its values.
+    many: how many values it takes, as argparse's nargs. shown: what --help shows in
+    place of a value. line: a technique line chooses it. free: may differ when a run
+    goes on, and says nothing of the method; fixed: not even --force changes it then.
+    clashes: (own values, or () for any but the default; another setting; values of
+    that; why); alone: (values, why) that several processes cannot train with. only:
+    (another setting, its values, or () for any but the default) without which it
+    changes nothing, or a tuple of such pairs.
     """
 
     default: object = None

@@ -124,6 +124,19 @@ def test_fewer_than_can_be_are_refused_with_the_fewest():
     assert pruning.narrow(model, macs_of(model, SHAPE), SHAPE) == {}
 
 
+def test_only_the_layers_that_are_named_lose_channels():
+    model = network("resnet18")
+    changed = pruning.narrow(model, 66_600_000, SHAPE, ["layer1.0.conv1", "layer1.1.conv1"])
+    # 8 channels of a block are 2 x 589,824 multiply-adds, and 4 such steps are needed
+    assert changed.keys() <= {"layer1.0.conv1", "layer1.1.conv1"}
+    assert sum(before - after for before, after in changed.values()) == 32
+    assert macs_of(model, SHAPE) == 70_980_608 - 4 * 2 * 589_824
+    for layers, told in ((["layer1.0.conv2"], "'layer1.0.conv2' cannot lose channels by --macs; these can: layer1.0"),
+                         (["conv1"], "'conv1' cannot lose channels"), (["layer1.0.conv1"], "--macs 1: without any")):
+        with pytest.raises(ValueError, match=told):
+            pruning.check_macs(model, 1, SHAPE, layers)
+
+
 @pytest.mark.parametrize("end, epochs, expected", [
     (0.6, 10, 6), (0.1, 10, 1), (0.05, 10, 1), (1.0, 10, 9), (0.6, 1, 1)])
 def test_channels_leave_before_the_epoch_in_which_gradual_pruning_ends(end, epochs, expected):
@@ -174,6 +187,7 @@ def test_a_run_that_narrows_goes_on_bit_for_bit(flags, epochs, tmp_path):
     ("--model resnet20-8-16-16 --macs 1000 --sparsity 0.5 --epochs 1 1", "--macs 1000: .* give as many or more"),
     ("--model resnet20-8-16-16 --macs 3000000 --sparsity --epochs 1", "comes with the last pruning, and there is none"),
     ("--macs 60000000 --weights lsq", "--macs 60000000 does not go with --weights lsq"),
+    ("--macs 60000000 --macs-layers linear", "'linear' cannot lose channels by --macs"),
     ("--macs 0", "--macs 0: it must be at least 1")])
 def test_what_cannot_be_is_refused_before_any_folder_is_made(flags, told, tmp_path):
     with pytest.raises(ValueError, match=told):
