@@ -30,7 +30,6 @@ COLUMNS_OF_HISTORY = (*run_files.EPOCH, "epoch", "train_loss", "sparsity")
 NOT_IN_TABLE = ("history", "layers", "folder", "settings", "seed", "started")
 IN_COLUMNS = {"dataset", "model", "groups", "shuffle", "epochs", "sparsity", "pruning", "score", "mixing", "weights",
               "recipe"}
-OLDER = {name: setting.older for name, setting in SETTINGS.items() if setting.older is not None}
 NOT_OF_THE_METHOD = {*names_of(SETTINGS, "free"), "seed", "lines", "script"} - {"device"}
 
 
@@ -40,7 +39,7 @@ def read_run(folder):
     if not (folder / "config.json").is_file() or not (folder / "history.csv").is_file():
         raise FileNotFoundError(f"{folder} is no run: config.json or history.csv is missing")
     config, report = run_files.read_config(folder), run_files.read_report(folder)
-    settings, history = OLDER | config["settings"], run_files.read_history(folder, COLUMNS_OF_HISTORY)
+    settings, history = config["settings"], run_files.read_history(folder, COLUMNS_OF_HISTORY)
     test, profile = report["test"], report["profile"]
     return {"run": folder.resolve().name, "folder": folder, "dataset": settings["dataset"],
             "network": network_of(config["architecture"]),

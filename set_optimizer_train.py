@@ -1,4 +1,4 @@
-"""Optimizers: Muon for filters and SGD for what is left, or SGD for every weight.
+"""Optimizers: SGD for every weight, or Muon for filters and SGD for what is left.
 
     optimizer = make_optimizer(model, settings)
 
@@ -17,16 +17,16 @@ from engine import compiling, shrinking
 from engine.settings import Setting, line, only
 
 SETTINGS = {
-    "optimizer": line("muon", ("muon", "sgd"), fixed=True, older="sgd"),
+    "optimizer": line("sgd", ("sgd", "muon"), fixed=True),
     "lr": Setting(0.15, "learning rate", low=1e-12, high=1e30),
     "momentum": Setting(0.9, "of SGD", low=0, high=1),
     "nesterov": Setting(True),
     "weight_decay": Setting(5e-4, "of SGD", low=0, high=1e30),
     "bias_lr": Setting(1.0, "learning rate of biases, as a multiple of --lr", low=1e-6, high=1e6, fixed=True),
     **only("optimizer", ("muon",), {
-        "muon_lr": Setting(0.015, "learning rate of the filters", low=1e-12, high=1e30),
+        "muon_lr": Setting(0.02, "learning rate of the filters", low=1e-12, high=1e30),
         "muon_momentum": Setting(0.9, "of the filters", low=0, below=1),
-        "muon_decay": Setting(0.05, "weight decay of the filters, times their rate", low=0, high=1e30,
+        "muon_decay": Setting(0.1, "weight decay of the filters, times their rate", low=0, high=1e30,
                               only=(("optimizer", ("muon",)), ("keep_norm", (False,)))),
         "keep_norm": Setting(False, "Muon: each filter bank keeps one norm, in place of weight decay", clashes=(
             ((True,), "weights", BINARY, "whose weights are clipped below that norm; leave one out"),)),

@@ -71,15 +71,15 @@ WEIGHTS = "float"
 # WEIGHTS = "binary"          # -H or +H, by sign, arXiv:1511.00363
 # WEIGHTS = "binary-stochastic"  # -H or +H, drawn
 # WEIGHTS = "lsq"             # few bits, of activations too; their steps are learned, arXiv:1902.08153
-OPTIMIZER = "muon"            # filters move by orthogonal matrices, kellerjordan.github.io/posts/muon
-# OPTIMIZER = "sgd"           # one rate for all weights
+OPTIMIZER = "sgd"             # one rate for all weights
+# OPTIMIZER = "muon"          # filters move by orthogonal matrices, kellerjordan.github.io/posts/muon
 SCHEDULE = "one-cycle"        # up for a quarter, down to zero, arXiv:1708.07120
 # SCHEDULE = "cosine"         # short warm-up, then half a cosine, arXiv:1608.03983
 # SCHEDULE = "plateau"        # a tenth when the validation loss stalls
 AVERAGING = "ema"             # exponential moving average of the weights
 # AVERAGING = "none"
-FLIPS = "alternating"         # an image is mirrored in every second epoch, arXiv:2404.00498
-# FLIPS = "random"            # by a draw
+FLIPS = "random"              # an image is mirrored by a draw
+# FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
 
 # ---- settings of the run; techniques declare theirs in their own files, those of pruning are of train_pruning.py
 SETTINGS = joined({
@@ -87,7 +87,7 @@ SETTINGS = joined({
     "data": Setting("data", "folder of the data set's files", free=True),
     "epochs": Setting([30], "of each round", low=1, high=10**6, many="+", form=int),
     "recipe": Setting("ours", "published: as the original run trained", choices=("ours", "published"), fixed=True),
-    "batch_size": Setting(128, "images a step", low=1, high=10**6),
+    "batch_size": Setting(64, "images a step", low=1, high=10**6),
     "limit": Setting(None, "at most so many images in each split", low=2, form=int),
     "all_images": Setting(False, "train on the validation images too, to compare with those who do", fixed=True,
                           clashes=(((), "recipe", ("published",), "which keeps its own batches; leave one out"),)),
@@ -100,7 +100,7 @@ SETTINGS = joined({
     }),
     "averaging": line("ema", ("ema", "none")),
     "ema_decay": Setting(0.998, "of the averaged weights, in a step", low=0, high=1, only=("averaging", ("ema",))),
-    "flips": line("alternating", ("alternating", "random"), older="random", clashes=(
+    "flips": line("random", ("random", "alternating"), clashes=(
         (("alternating",), "recipe", ("published",), "which mirrors images by a draw; leave one out"),)),
     "pad": Setting(4, "pixels by which a crop may be off", low=0, high=16, clashes=(
         ((), "recipe", ("published",), "which crops by 4; leave one out"),)),

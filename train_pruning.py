@@ -59,15 +59,15 @@ PRUNING = "rounds"            # train, prune, train: between rounds
 # PRUNING = "morphnet"        # rounds search for widths, the last trains them from scratch, arXiv:1711.06798
 SCORE = "l1"                  # weights ranked by magnitude
 # SCORE = "lamp"              # by magnitude relative to their layer, arXiv:2010.07611
-OPTIMIZER = "muon"            # filters move by orthogonal matrices, kellerjordan.github.io/posts/muon
-# OPTIMIZER = "sgd"           # one rate for all weights
+OPTIMIZER = "sgd"             # one rate for all weights
+# OPTIMIZER = "muon"          # filters move by orthogonal matrices, kellerjordan.github.io/posts/muon
 SCHEDULE = "one-cycle"        # in each round: up for a quarter, down to zero, arXiv:1708.07120
 # SCHEDULE = "cosine"         # short warm-up, then half a cosine, arXiv:1608.03983
 # SCHEDULE = "plateau"        # a tenth when the validation loss stalls
 AVERAGING = "ema"             # exponential moving average of the weights
 # AVERAGING = "none"
-FLIPS = "alternating"         # an image is mirrored in every second epoch, arXiv:2404.00498
-# FLIPS = "random"            # by a draw
+FLIPS = "random"              # an image is mirrored by a draw
+# FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
 
 # ---- settings
 # gradual pruning takes the same epochs and zeros in one round: their sum, and what the sparsities compound to

@@ -14,17 +14,17 @@ from typing import NamedTuple
 class Setting(NamedTuple):
     """What a setting may be.
 
-    default: of new runs, and of runs that are older than the setting, unless `older`
-    tells what those did. help: of its flag, without the default; None: it has no
-    flag. low, high: closed ends of the accepted range; above, below: open ones. form:
-    the type of a value, where the default does not tell it. choices: all its values.
-    many: how many values it takes, as argparse's nargs. shown: what --help shows in
-    place of a value. line: a technique line chooses it. free: may differ when a run
-    goes on, and says nothing of the method; fixed: not even --force changes it then.
-    clashes: (own values, or () for any but the default; another setting; values of
-    that; why); alone: (values, why) that several processes cannot train with. only:
-    (another setting, its values, or () for any but the default) without which it
-    changes nothing, or a tuple of such pairs.
+    default: of new runs, and of runs that are older than the setting. help: of its
+    flag, without the default; None: it has no flag. low, high: closed ends of the
+    accepted range; above, below: open ones. form: the type of a value, where the
+    default does not tell it. choices: all its values. many: how many values it
+    takes, as argparse's nargs. shown: what --help shows in place of a value.
+    line: a technique line chooses it. free: may differ when a run goes on, and says
+    nothing of the method; fixed: not even --force changes it then. clashes: (own
+    values, or () for any but the default; another setting; values of that; why);
+    alone: (values, why) that several processes cannot train with. only: (another
+    setting, its values, or () for any but the default) without which it changes
+    nothing, or a tuple of such pairs.
     """
 
     default: object = None
@@ -43,7 +43,6 @@ class Setting(NamedTuple):
     clashes: tuple = ()
     alone: tuple = ((), "")
     only: tuple = ()
-    older: object = None
 
     @property
     def kind(self):
@@ -93,11 +92,6 @@ def defaults_of(table):
     """{name: default}; lists and dictionaries are fresh ones."""
     return {name: type(setting.default)(setting.default) if isinstance(setting.default, (list, dict))
             else setting.default for name, setting in table.items()}
-
-
-def older_of(table):
-    """{name: what a run that is older than the setting trained with}."""
-    return defaults_of(table) | {name: setting.older for name, setting in table.items() if setting.older is not None}
 
 
 def names_of(table, mark):
@@ -218,7 +212,7 @@ def to_resume(table, state, lines, given):
 
     Raises ValueError that lists what must not differ, unless --force is given.
     """
-    free, before = names_of(table, "free"), older_of(table)
+    free, before = names_of(table, "free"), defaults_of(table)
     stored = {**before, **state["settings"]}
     held = {**{name: before[name] for name in lines}, **stored["lines"]}
     changed = {name: (stored.get(name), value) for name, value in given.items()

@@ -170,21 +170,6 @@ def test_run_begun_before_a_setting_existed_goes_on_with_its_default(finished, t
     assert same(checkpoint.read(out / "model.pt"), checkpoint.read(finished.out / "model.pt"))
 
 
-def test_run_begun_before_muon_was_the_default_goes_on_with_sgd_by_the_command_that_is_offered(tmp_path):
-    out, flags = tmp_path / "run", [*SMALL, "--model", "lenet5", "--optimizer", "sgd", "--flips", "random"]
-    train.main([*flags, "--epochs", "1", "--out", str(out)])
-    state = checkpoint.read(out / "last.pt")
-    state["settings"]["lines"] |= {"optimizer": "sgd", "flips": "random"}
-    for held in (state["settings"], state["settings"]["lines"]):
-        del held["optimizer"], held["flips"]
-    checkpoint.save(out / "last.pt", state)
-    with pytest.raises(ValueError, match="began with optimizer sgd; .*: go on with --optimizer sgd$"):
-        train.main(["--resume", "--out", str(out)])
-    train.main(["--resume", "--out", str(out), "--optimizer", "sgd", "--flips", "random", "--epochs", "2", "--force"])
-    assert checkpoint.read(out / "last.pt")["settings"]["optimizer"] == "sgd"
-    assert "blocks" not in checkpoint.read(out / "last.pt")["optimizer"]["param_groups"][0]
-
-
 # ---- pruned weights
 
 def assert_zeros(state, masks):

@@ -47,7 +47,7 @@ def with_views(teachers, tmp_path):
 
 
 @pytest.mark.parametrize("flags, changed", [("--teacher OTHER", "teacher"), ("--limit 64", "number of images"),
-                                            ("--pad 2", "--pad"), ("--flips random", "line FLIPS")])
+                                            ("--pad 2", "--pad"), ("--flips alternating", "line FLIPS")])
 def test_views_of_other_settings_are_refused(flags, changed, with_views, teachers):
     words = flags.replace("OTHER", str(teachers[1])).split()
     before = (with_views / "last.pt").read_bytes()

@@ -20,8 +20,8 @@ from engine import checkpoint, commandline, settings
 ROOT = Path(__file__).resolve().parents[1]
 LINES = commandline.read_lines(ROOT / "train_pruning.py", train_pruning.SETTINGS)[0]
 FIRST = {"MODEL": '"resnet18"', "GROUPS": "8", "SHUFFLE": "True", "MIXING": '"cutmix"', "WEIGHTS": '"float"',
-         "PRUNING": '"rounds"', "SCORE": '"l1"', "SCHEDULE": '"one-cycle"', "AVERAGING": '"ema"', "OPTIMIZER": '"muon"',
-         "FLIPS": '"alternating"'}
+         "PRUNING": '"rounds"', "SCORE": '"l1"', "SCHEDULE": '"one-cycle"', "AVERAGING": '"ema"', "OPTIMIZER": '"sgd"',
+         "FLIPS": '"random"'}
 
 
 def read_lines(path):
@@ -40,8 +40,8 @@ def with_line(folder, group, value, script="train_pruning.py"):
 
 @pytest.mark.parametrize("group, value, told", [
     ("WEIGHTS", '"LSQ"', ["WEIGHTS = 'LSQ'", "'float', 'binary', 'binary-stochastic', 'lsq'"]),
-    ("OPTIMIZER", '"Muon"', ["OPTIMIZER = 'Muon'", "'muon', 'sgd'"]),
-    ("FLIPS", '"alternate"', ["FLIPS = 'alternate'", "'alternating', 'random'"]),
+    ("OPTIMIZER", '"Muon"', ["OPTIMIZER = 'Muon'", "'sgd', 'muon'"]),
+    ("FLIPS", '"alternate"', ["FLIPS = 'alternate'", "'random', 'alternating'"]),
     ("SCHEDULE", '"onecycle"', ["SCHEDULE = 'onecycle'", "'one-cycle', 'cosine', 'plateau'"]),
     ("AVERAGING", '"EMA"', ["AVERAGING = 'EMA'", "'ema', 'none'"]),
     ("PRUNING", '"polynomal"', ["PRUNING = 'polynomal'", "'polynomial'"]),

@@ -105,17 +105,17 @@ def test_a_run_older_than_a_setting_has_its_default_and_goes_on():
         settings.to_resume(TABLE, old, {"way": "x"}, {"out": "r", "path": "p", "force": True})
 
 
-def test_a_run_older_than_a_setting_whose_default_changed_has_what_it_trained_with():
-    table = {"way": line("new", ("new", "old"), older="old", fixed=True), "wide": line(True, (True, False), fixed=True),
-             "number": Setting(3, older=4), "out": TABLE["out"]}
-    old = {"settings": {"wide": False, "lines": {"wide": False}}}
-    found = settings.to_resume(table, old, {"way": "old", "wide": False}, {"out": "r"})
-    assert (found["way"], found["number"]) == ("old", 4)
+def test_a_line_that_says_something_else_now_is_told_with_the_flag_that_goes_on():
+    table = {"way": line("new", ("new", "old"), fixed=True), "wide": line(True, (True, False), fixed=True),
+             "out": TABLE["out"]}
+    begun = {"settings": {"wide": False, "way": "old", "lines": {"wide": False, "way": "old"}}}
     with pytest.raises(ValueError, match="began with way old; --way new comes too late, .*: go on with --way old$"):
-        settings.to_resume(table, old, {"way": "new", "wide": False}, {"out": "r"})
-    assert settings.to_resume(table, old, {"way": "new", "wide": False}, {"out": "r", "way": "old"})["way"] == "old"
-    with pytest.raises(ValueError, match="go on with --no-wide$"):
-        settings.to_resume(table, old, {"way": "old", "wide": True}, {"out": "r"})
+        settings.to_resume(table, begun, {"way": "new", "wide": False}, {"out": "r"})
+    assert settings.to_resume(table, begun, {"way": "new", "wide": False}, {"out": "r", "way": "old"})["way"] == "old"
+    with pytest.raises(ValueError, match="began with wide False; .*: go on with --no-wide$"):
+        settings.to_resume(table, begun, {"way": "old", "wide": True}, {"out": "r"})
+    with pytest.raises(ValueError, match="start a new run with another --out$"):
+        settings.to_resume(table, begun, {"way": "old", "wide": False}, {"out": "r", "way": "new"})
 
 
 # ---- the tables of this project
