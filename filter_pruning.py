@@ -27,6 +27,7 @@ from engine.shrinking import (  # noqa: F401  (published together)
     shrink_slots,
     shrink_tensor,
     shrink_vector,
+    trained_spaces,
 )
 
 SHRINKING = ("filters", "l1_cycle", "morphnet")      # of the lines PRUNING, those by which whole channels leave
@@ -144,11 +145,6 @@ def shorten(parts, limit, norms, held):
         before = weights[rows].clone()
         absolute_reduce(weights, limit, norms[channels].to(weights.device))
         weights[rows] = before
-
-
-def trained_spaces(model):
-    """`shrinking.reducible` without the filters that do not train, whose length says nothing: a whitening stem's."""
-    return [space for space in reducible(model) if model.get_submodule(space["makers"][0]).weight.requires_grad]
 
 
 def neurons(norm):
@@ -298,7 +294,7 @@ class Pruner:
 
 def l1_norms(model, space):
     """(C,) L1 norms of the filters of one layer, on the CPU."""
-    return model.get_submodule(space["makers"][0]).weight.detach().flatten(1).abs().sum(1).float().cpu()
+    return shrinking.magnitudes(made_weights(model, space))
 
 
 def limit_of(norms, settings):

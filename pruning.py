@@ -275,8 +275,7 @@ def inner_spaces(model, layers=()):
 
     ValueError for one that is not there.
     """
-    spaces = {space["name"]: space for space in shrinking.reducible(model)
-              if not space["branch"] and model.get_submodule(space["makers"][0]).weight.requires_grad}
+    spaces = {space["name"]: space for space in shrinking.trained_spaces(model) if not space["branch"]}
     unknown = [name for name in layers if name not in spaces]
     if unknown:
         raise ValueError(f"{unknown[0]!r} cannot lose channels by --macs; these can: {', '.join(spaces) or 'none'}")
@@ -286,17 +285,9 @@ def inner_spaces(model, layers=()):
 @torch.no_grad()
 def strength_of(model, space):
     """(C,) strengths of the channels of a space, 1 on average of what makes and of what reads them."""
-    made = sum_by_channel(shrinking.made_weights(model, space))
-    read = sum(sum_by_channel(shrinking.read_weights(model, space, reader)) for reader in space["readers"])
+    made = shrinking.magnitudes(shrinking.made_weights(model, space))
+    read = sum(shrinking.magnitudes(shrinking.read_weights(model, space, reader)) for reader in space["readers"])
     return made / made.mean().clamp_min(1e-30) * read / read.mean().clamp_min(1e-30)
-
-
-def sum_by_channel(parts):
-    """(C,) sums of the magnitudes in parts, each (channels, weights with one channel a row), on the CPU."""
-    sums = torch.zeros(sum(len(channels) for channels, _ in parts))
-    for channels, weights in parts:
-        sums[channels] = weights.detach().flatten(1).abs().sum(1).float().cpu()
-    return sums
 
 
 def remove_weak(model, strengths, limit, average=None, optimizer=None, masks=None):

@@ -210,12 +210,8 @@ def narrow(settings, shape, model, average, optimizer, masks):
     if macs_of(model, shape) <= settings["macs"]:
         return ""
     left = pruning.narrow(model, settings["macs"], shape, settings["macs_layers"], average, optimizer, masks)
-    return told(left) + f"; {macs_of(model, shape):,} multiply-adds"
-
-
-def told(left):
-    """{layer: (channels before, after)} as text."""
-    return ", ".join(f"{name} {before} -> {after}" for name, (before, after) in left.items())
+    told = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in left.items())
+    return f"{told}; {macs_of(model, shape):,} multiply-adds"
 
 
 def reduce_filters(settings, epoch, model, average, optimizer, masks):

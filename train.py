@@ -171,7 +171,8 @@ def run_epoch(run, bar):
     left = remove_channels(run.settings, run.epoch + 1, len(run.train), image_shape(run.kind), run.model, run.average,
                            run.optimizer, run.masks)
     if left:
-        lay_out_again(run, left)
+        lay_out_again(run)
+        print(f"removed: {left}", flush=True)
     if run.settings["recalibrate"] and run.epoch + 1 == run.settings["epochs"][run.round]:
         recalibrate(run, networks_of(run)[-1])
     validation_loss, validation_accuracy = parallel.agreed(measure(run))
@@ -194,11 +195,10 @@ def run_epoch(run, bar):
     return row
 
 
-def lay_out_again(run, left):
-    """Lay out and compile the network of `run` anew after channels have left it, and print which."""
+def lay_out_again(run):
+    """Lay out and compile the network of `run` anew after its layers have changed."""
     lay_out(run)
     run.forward = compiling.again(run.model, run.forward)
-    print(f"removed: {left}", flush=True)
 
 
 def train_epoch(run, bar):

@@ -13,9 +13,9 @@ import morphnet
 import pruning
 import set_pruning_train
 import train
-from engine import checkpoint, commandline, compiling, parallel
+from engine import checkpoint, commandline, parallel
 from engine.settings import with_defaults
-from experiment import finish, lay_out, resumable, start
+from experiment import finish, resumable, start
 from networks import image_shape
 from set_pruning_train import hint_of, narrow
 from train import RECIPES, fit, lay_out_again, recalibrate
@@ -85,7 +85,8 @@ def prune(run):
     if run.settings["macs"] and run.round + 1 == len(run.settings["sparsity"]):
         left = narrow(run.settings, image_shape(run.kind), run.model, run.average, run.optimizer, run.masks)
         if left:
-            lay_out_again(run, left)
+            lay_out_again(run)
+            print(f"removed: {left}", flush=True)
     run.masks = pruning.global_masks(run.model, sparsity, run.masks, floor, run.settings["exclude"],
                                      run.settings["score"])
     pruning.apply_masks(run.model, run.masks)
@@ -112,8 +113,7 @@ def morph(run):
     # drawn on the CPU, whose generator every checkpoint holds
     morphnet.rebuild(run.model.cpu(), wide).to(run.device)
     next_round(run)
-    lay_out(run)
-    run.forward = compiling.again(run.model, run.forward)
+    lay_out_again(run)
     print(f"alive: {sum(alive.values()):,} of {sum(before.values()):,} channels; all {factor:.3f} times as wide: "
           f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.out}/structure-{run.round}.json",
           flush=True)
@@ -135,8 +135,7 @@ def l1_cycle(run):
     def finetune(model, epochs):
         run.settings["epochs"].append(epochs)
         next_round(run)
-        lay_out(run)
-        run.forward = compiling.again(run.model, run.forward)
+        lay_out_again(run)
         fit(run)
     if run.round == 0 or run.history[-1]["validation_loss"] <= settings["stop_loss"]:
         pruner.prune(run.model, finetune, lambda model: run.history[-1]["validation_loss"], lambda model: finish(run),

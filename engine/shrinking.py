@@ -229,10 +229,23 @@ def reducible(model):
             and not space["name"].startswith("stream")]
 
 
+def trained_spaces(model):
+    """`reducible` without the filters that do not train, whose length says nothing: a whitening stem's."""
+    return [space for space in reducible(model) if model.get_submodule(space["makers"][0]).weight.requires_grad]
+
+
 def made_weights(model, space):
     """[(channels, weights)]: the weights that make each channel of a space, one a row."""
     weight = model.get_submodule(space["makers"][0]).weight
     return [(torch.arange(len(weight)), weight)]
+
+
+def magnitudes(parts):
+    """(C,) sums of the magnitudes in parts, each (channels, weights with one channel a row), on the CPU."""
+    sums = torch.zeros(sum(len(channels) for channels, _ in parts))
+    for channels, weights in parts:
+        sums[channels] = weights.detach().flatten(1).abs().sum(1).float().cpu()
+    return sums
 
 
 def read_weights(model, space, reader):
