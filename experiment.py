@@ -29,7 +29,7 @@ import filter_pruning
 import networks
 import pruning
 import quantization
-from engine import board, checkpoint, commandline, compiling, folders, parallel, run_files, schedules
+from engine import board, checkpoint, commandline, compiling, folders, parallel, run_files, schedules, small_images
 from engine.averages import average_pairs
 from engine.settings import alone, check, defaults_of, flag_of, idle, only, to_resume
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
@@ -235,7 +235,7 @@ def lay_out(run):
     """
     for model in (run.model, run.average):
         if model is not None:
-            compiling.lay_out(model, run.layout, run.form or "grouped")
+            small_images.use_products(compiling.lay_out(model, run.layout, run.form or "grouped"))
     look_up(run)
 
 

@@ -1,0 +1,85 @@
+"""Dense convolutions of small images, whose filters' gradient is a sum of matrix products where that is faster.
+
+    use_products(model)
+
+oneDNN's gradient of filters goes through an image row by row. On CPUs with AMX, whose
+products take 32 pixels at once, rows of 3 or 7 pixels leave most of each product empty:
+a 3x3 convolution of 512 channels at 3x3 pixels then takes six times as long as the nine
+products of matrices that it is, one for each place of the kernel.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine import compiling
+
+WIDEST = 7             # pixels of a row, beyond which oneDNN is as fast
+CHANNELS = 256         # of inputs and of outputs, below which the copies cost more than is saved
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution at stride 1, without bias or groups; the gradient of its filters comes from `filter_gradient`."""
+
+    @staticmethod
+    def forward(context, images, weight, padding):
+        context.save_for_backward(images, weight)
+        context.padding = padding
+        return F.conv2d(images, weight, None, 1, padding)
+
+    @staticmethod
+    def backward(context, gradient):
+        images, weight = context.saved_tensors
+        back = filters = None
+        if context.needs_input_grad[0]:
+            back = torch.ops.aten.convolution_backward(gradient, images, weight, None, [1, 1], context.padding, [1, 1],
+                                                       False, [0, 0], 1, [True, False, False])[0]
+        if context.needs_input_grad[1]:
+            filters = filter_gradient(images, gradient, weight.shape[2:], context.padding)
+        return back, filters, None
+
+
+def filter_gradient(images, gradient, kernel, padding):
+    """The gradient of a convolution's filters at stride 1, one matrix product for each place of the kernel.
+
+    images: (N, I, H, W); gradient: (N, O, H', W') of the outputs; kernel, padding: (rows, columns) ->
+    (O, I, *kernel), of the images' type. Both are read fastest in channels_last.
+    """
+    (rows, columns), (outputs, height, width) = kernel, gradient.shape[1:]
+    lying = F.pad(images.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    turned = gradient.permute(0, 2, 3, 1).reshape(-1, outputs).T
+    places = images.new_empty(rows, columns, outputs, images.shape[1])
+    for row in range(rows):
+        for column in range(columns):
+            shifted = lying[:, row:row + height, column:column + width].reshape(-1, images.shape[1])
+            torch.mm(turned, shifted, out=places[row, column])
+    return places.permute(2, 3, 0, 1)
+
+
+class SmallImageConv2d(nn.Conv2d):
+    """A convolution that takes `filter_gradient` while it trains on small images in bfloat16, outside torch.compile."""
+
+    def forward(self, images):
+        small = images.shape[-1] <= WIDEST and torch.is_autocast_enabled("cpu") and images.is_cpu
+        if not small or not self.weight.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(images)
+        kind = torch.get_autocast_dtype("cpu")
+        return _Convolution.apply(images.to(kind), self.weight.to(kind), self.padding)
+
+
+def use_products(model):
+    """Let the dense convolutions of `model` with many channels be `SmallImageConv2d` where the CPU has AMX.
+
+    Outputs are the same, gradients agree to rounding; weights keep their names and shapes.
+    """
+    if not compiling.cpu_instructions().get("amx_bf16"):
+        return
+    for layer in model.modules():
+        if type(layer) is nn.Conv2d and takes_products(layer):
+            layer.__class__ = SmallImageConv2d
+
+
+def takes_products(layer):
+    """Whether the gradient of its filters is one of plain products: stride 1, no groups, bias or dilation, and wide."""
+    return (layer.stride == layer.dilation == (1, 1) and layer.groups == 1 and layer.bias is None
+            and layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and layer.kernel_size != (1, 1)
+            and min(layer.in_channels, layer.out_channels) >= CHANNELS)
