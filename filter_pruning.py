@@ -44,10 +44,10 @@ SETTINGS = only("pruning", ("filters",), {
     "filter_stop": Setting(0.6, "share of the training after which filters stay", low=0, high=1),
     "filter_until": Setting(0, "parameters at which they stay, should the network have no more sooner", low=0),
     "cycle": Setting(None, "settings of the L1 cycle, see filter_pruning.CYCLE", form=str, shown="JSON", fixed=True,
-                     only=("pruning", ("l1_cycle",))),
+                     only=(("pruning", ("l1_cycle",)),)),
     "cycle_settings": Setting({}),
     "stop_loss": Setting(None, "validation loss that ends the L1 cycle (a tenth above that before the first removal)",
-                         low=0, form=float, only=("pruning", ("l1_cycle",))),
+                         low=0, form=float, only=(("pruning", ("l1_cycle",)),)),
 })
 
 

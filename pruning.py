@@ -49,14 +49,14 @@ SETTINGS = only("pruning", ("rounds", *GRADUAL), {
     "minimum_density": Setting(0.01, "share of each layer that is never pruned", low=0, high=1),
     "exclude": Setting([], "layers that are never pruned, such as conv1", form=str, many="+", shown="LAYER"),
     "prune_begin": Setting(0.1, "share of the training at which gradual pruning begins", low=0, high=1,
-                           only=("pruning", GRADUAL)),
-    "prune_end": Setting(0.6, "and at which it ends", low=0, high=1, only=("pruning", GRADUAL)),
-    "prune_frequency": Setting(100, "and the steps between", low=1, only=("pruning", GRADUAL)),
+                           only=(("pruning", GRADUAL),)),
+    "prune_end": Setting(0.6, "and at which it ends", low=0, high=1, only=(("pruning", GRADUAL),)),
+    "prune_frequency": Setting(100, "and the steps between", low=1, only=(("pruning", GRADUAL),)),
     "macs": Setting(None, "channels within blocks leave, the weakest first, with the last pruning, until one image "
                     "takes at most N multiply-adds", low=1, form=int, shown="N", clashes=(
                         ((), "weights", ("lsq",), "whose layers keep their widths; leave one out"),)),
     "macs_layers": Setting([], "layers that these channels leave, such as layer1.0.conv1; all that can, if none is "
-                           "named", form=str, many="+", shown="LAYER", only=("macs", ())),
+                           "named", form=str, many="+", shown="LAYER", only=(("macs", ()),)),
 })
 
 

@@ -16,14 +16,16 @@ import torch.nn.functional as F
 
 from engine.settings import Setting
 
+UNWEIGHTED = (("distillation_weight", 0),)       # beside which a teacher changes nothing
 SETTINGS = {
-    "teacher": Setting(None, "learn from this network too (distillation)", form=str, shown="CHECKPOINT"),
+    "teacher": Setting(None, "learn from this network too (distillation)", form=str, shown="CHECKPOINT",
+                       unless=UNWEIGHTED),
     "teacher_views": Setting(None, "ask the teacher once, about N crops and mirrorings of each training image", low=1,
-                             high=1000, form=int, shown="N", fixed=True,
+                             high=1000, form=int, shown="N", fixed=True, unless=UNWEIGHTED,
                              clashes=(((), "recipe", ("published",), "which draws its own crops; leave one out"),)),
-    "temperature": Setting(4.0, "of the distillation", low=1e-3, high=1e3, only=("teacher", ())),
+    "temperature": Setting(4.0, "of the distillation", low=1e-3, high=1e3, only=(("teacher", ()),), unless=UNWEIGHTED),
     "distillation_weight": Setting(0.9, "of the teacher's part in the loss", low=0, high=1,
-                                   only=("teacher", ())),
+                                   only=(("teacher", ()),)),
 }
 
 

@@ -18,13 +18,13 @@ SETTINGS = {
         (("lsq",), "recipe", ("published",), "which trains with floats; leave one out"),
         (("lsq",), "pruning", SHRINKING, "which removes channels: shrink a network of floats first, then --start from "
                                          "it"))),
-    "binary_scale": Setting("glorot", "H of binary weights", choices=("one", "glorot"), only=("weights", BINARY)),
+    "binary_scale": Setting("glorot", "H of binary weights", choices=("one", "glorot"), only=(("weights", BINARY),)),
     "weight_bits": Setting(2, "of weights with --weights lsq, first and last layer apart", low=1, high=8,
-                           only=("weights", ("lsq",))),
+                           only=(("weights", ("lsq",)),)),
     "activation_bits": Setting(4, "of activations with --weights lsq, first and last layer apart", low=1, high=8,
-                               only=("weights", ("lsq",))),
+                               only=(("weights", ("lsq",)),)),
     "layer_bits": Setting([], "of single layers (the first convolution and the last linear layer 8/8)", form=str,
-                          many="+", shown="LAYER=W/A", only=("weights", ("lsq",))),
+                          many="+", shown="LAYER=W/A", only=(("weights", ("lsq",)),)),
 }
 
 

@@ -14,8 +14,9 @@ from engine.settings import Setting
 
 SETTINGS = {
     "resize": Setting(None, "side of the training images at the start of each round, smaller for speed", form=int,
-                      shown="PIXELS"),
-    "resize_until": Setting(0.5, "share of a round after which images are whole", low=0, high=1, only=("resize", ())),
+                      shown="PIXELS", unless=(("resize_until", 0),)),
+    "resize_until": Setting(0.5, "share of a round after which images are whole", low=0, high=1,
+                            only=(("resize", ()),)),
 }
 SMALLEST = 8        # pixels: below, a strided convolution reads single pixels, and its gradient in bfloat16 is garbage
 

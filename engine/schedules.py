@@ -8,7 +8,7 @@ from engine.settings import Setting, line
 SETTINGS = {
     "schedule": line("one-cycle", ("one-cycle", "cosine", "plateau")),
     "peak": Setting(None, "share of a round at which the rate is highest (0.25 of one-cycle, 0.05 of cosine)", low=0,
-                    high=0.99, form=float, only=("schedule", ("one-cycle", "cosine"))),
+                    high=0.99, form=float, only=(("schedule", ("one-cycle", "cosine")),)),
 }
 
 

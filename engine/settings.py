@@ -22,9 +22,10 @@ class Setting(NamedTuple):
     line: a technique line chooses it. free: may differ when a run goes on, and says
     nothing of the method; fixed: not even --force changes it then. clashes: (own
     values, or () for any but the default; another setting; values of that; why);
-    alone: (values, why) that several processes cannot train with. only: (another
-    setting, its values, or () for any but the default) without which it changes
-    nothing, or a tuple of such pairs.
+    alone: (values, why) that several processes cannot train with. only: pairs of
+    (another setting, its values, or () for any but the default), without each of
+    which it changes nothing. unless: pairs of (another setting, a value) beside
+    which it changes nothing.
     """
 
     default: object = None
@@ -43,6 +44,7 @@ class Setting(NamedTuple):
     clashes: tuple = ()
     alone: tuple = ((), "")
     only: tuple = ()
+    unless: tuple = ()
 
     @property
     def kind(self):
@@ -80,7 +82,7 @@ def without_flags(table):
 
 def only(name, values, table):
     """The table, of whose settings all that need no other change nothing unless the setting `name` has such a value."""
-    return {own: setting._replace(only=setting.only or (name, tuple(values))) for own, setting in table.items()}
+    return {own: setting._replace(only=setting.only or ((name, tuple(values)),)) for own, setting in table.items()}
 
 
 def with_defaults(table, **defaults):
@@ -190,19 +192,21 @@ def idle(table, settings, given):
     for name in given:
         if settings[name] == table[name].default:
             continue
-        for other, values in needs_of(table[name]):
-            theirs = settings[other]
-            if theirs not in values if values else theirs == table[other].default:
-                need = values[0] if len(values) == 1 else " or ".join(map(str, values)) or table[other].shown or "..."
-                need = flag_of(other, need)
-                found.append(f"{flag_of(name, settings[name])} changes nothing without {need}")
-                break
+        lacks = lacking(table, settings, name)
+        if lacks:
+            found.append(f"{flag_of(name, settings[name])} changes nothing {lacks}")
     return found
 
 
-def needs_of(setting):
-    """The pairs of (another setting, its values) without which a setting changes nothing."""
-    return setting.only if not setting.only or isinstance(setting.only[0], tuple) else (setting.only,)
+def lacking(table, settings, name):
+    """Why a setting changes nothing beside the others: "without --teacher CHECKPOINT", or None where it does."""
+    for other, values in table[name].only:
+        theirs = settings[other]
+        if theirs not in values if values else theirs == table[other].default:
+            need = values[0] if len(values) == 1 else " or ".join(map(str, values)) or table[other].shown or "..."
+            return f"without {flag_of(other, need)}"
+    return next((f"beside {flag_of(other, value)}" for other, value in table[name].unless if settings[other] == value),
+                None)
 
 
 # ---- a run that goes on

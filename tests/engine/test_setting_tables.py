@@ -158,7 +158,9 @@ def test_the_engine_knows_no_technique_by_name():
 # ---- a flag whose technique is off
 
 ONLY = [(name, setting, pair) for name, setting in train_pruning.SETTINGS.items() if setting.help
-        for pair in settings.needs_of(setting)]
+        for pair in setting.only]
+UNLESS = [(name, setting, pair) for name, setting in train_pruning.SETTINGS.items() if setting.help
+          for pair in setting.unless]
 OTHER = {float: 0.125, int: 3, bool: True, str: "a"}
 
 
@@ -178,7 +180,7 @@ def test_a_flag_says_so_where_it_changes_nothing_and_only_there(name, setting, p
     choices = rival.choices or ((True, False) if rival.kind is bool else ())
     sleep = (*(set(choices) - set(values)), *([] if values else [rival.default]))
     assert wake and sleep
-    awake = {another: theirs[0] for another, theirs in settings.needs_of(setting) if theirs}
+    awake = {another: theirs[0] for another, theirs in setting.only if theirs}
     for theirs in (*wake, *sleep):
         mixed = {**train.DEFAULTS, **awake, name: value, other: theirs}
         told = settings.idle(train_pruning.SETTINGS, mixed, {name: value})
@@ -189,9 +191,27 @@ def test_a_flag_says_so_where_it_changes_nothing_and_only_there(name, setting, p
         assert settings.idle(train_pruning.SETTINGS, mixed, {}) == []
 
 
+@pytest.mark.parametrize("name, setting, pair", UNLESS, ids=[f"{name}-{pair[0]}" for name, _, pair in UNLESS])
+def test_a_flag_says_so_beside_a_number_that_switches_its_technique_off(name, setting, pair):
+    value, (other, off) = other_than_default(setting), pair
+    awake = {another: theirs[0] if theirs else other_than_default(train_pruning.SETTINGS[another])
+             for another, theirs in setting.only}
+    for theirs, expected in ((off, [f"{settings.flag_of(name, value)} changes nothing beside "
+                                    f"{settings.flag_of(other, off)}"]), (off + 0.25, [])):
+        mixed = {**train.DEFAULTS, **awake, name: value, other: theirs}
+        assert settings.idle(train_pruning.SETTINGS, mixed, {name: value}) == expected
+
+
+def test_numbers_that_switch_a_technique_off_are_known():
+    assert {(name, other) for name, _, (other, _) in UNLESS} == {
+        ("teacher", "distillation_weight"), ("teacher_views", "distillation_weight"),
+        ("temperature", "distillation_weight"), ("mixing", "mix_probability"), ("mix_alpha", "mix_probability"),
+        ("mix_per_sample", "mix_probability"), ("resize", "resize_until")}
+
+
 def test_settings_that_belong_to_a_technique_are_marked_in_its_table():
     marked = {name: setting for name, setting, _ in ONLY}
     assert {"weight_bits", "muon_lr", "mix_alpha", "resize_until", "temperature", "morph_budget", "filter_stop",
             "stop_loss", "prune_end", "minimum_density", "binary_scale", "ema_decay", "peak"} <= marked.keys()
-    assert marked["prune_end"].only[1] == ("polynomial", "constant")       # its own mark, not the table's
+    assert marked["prune_end"].only == (("pruning", ("polynomial", "constant")),)       # its own mark, not the table's
     assert not marked.keys() & {"lr", "momentum", "epochs", "batch_size", "weights", "groups"}
