@@ -13,11 +13,9 @@ import importlib
 import inspect
 import io
 import json
-import platform
 import shlex
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +29,7 @@ import pruning
 import quantization
 from engine import board, checkpoint, commandline, compiling, folders, parallel, run_files, schedules, small_images
 from engine.averages import average_pairs
+from engine.endings import enough_memory, resumable
 from engine.settings import alone, check, defaults_of, flag_of, idle, only, to_resume
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
 from set_optimizer_train import make_optimizer, moved_by_muon
@@ -285,7 +284,7 @@ def announce(run):
     elif parallel.leads():
         if run.optimizer is None:         # it begins
             run.made = folders.take(run.out)
-        write_config(run)
+        run_files.write_config(run, run_files.sources_of(Path(__file__).resolve().parent))
 
 
 def choose_computing(run, wanted, images, shape):
@@ -306,21 +305,6 @@ def choose_computing(run, wanted, images, shape):
     lay_out(run)
     run.forward, speed, note = tried[run.form]
     return speed, note
-
-
-def write_config(run):
-    """config.json: the resolved settings, the sources, the versions, the device."""
-    config = {"settings": run.settings, "architecture": run.architecture,
-              "device": commandline.device_name(run.device), "processes": parallel.ranks(),
-              "arithmetic": run.arithmetic, "convolutions": run.form,
-              "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-              "source": run_files.sources_of(Path(__file__).resolve().parent)}
-    if run.made is None and (run.out / "config.json").exists():
-        with checkpoint.noted():              # all that counts is in last.pt
-            first = checkpoint.read_json(run.out / "config.json")
-            config |= {"started": first.get("started"), "resumed": [*first.get("resumed", []), config["started"]]}
-    checkpoint.write(run.out / "config.json", json.dumps(config, indent=1).encode())
 
 
 def begin_round(run, moved=None):
@@ -417,39 +401,3 @@ def finish(run):
     print(f"{run.out}/model.pt: {100 * pruning.sparsity_of(run.model):.2f} % zeros, validation accuracy "
           f"{run.history[-1]['validation_accuracy']:.2f} %; next: python test.py --checkpoint "
           f"{shlex.quote(f'{run.out}/model.pt')}")
-
-
-@contextmanager
-def enough_memory(settings):
-    """A block in which memory that runs out is an error that names the batch size, and a smaller one."""
-    try:
-        yield
-    except RuntimeError as problem:
-        if "out of memory" in str(problem) or "can't allocate memory" in str(problem):
-            raise RuntimeError(f"out of memory with --batch-size {settings['batch_size']}; "
-                               f"try {max(1, settings['batch_size'] // 2)}") from None
-        raise
-
-
-@contextmanager
-def resumable(run, ends=True):
-    """A block in which Ctrl-C says which checkpoint continues the run, and with which command.
-
-    A run that fails before its first step leaves no folder. ends: no later block
-    goes on with it, so that other processes may.
-    """
-    try:
-        yield
-    except BaseException as problem:
-        folders.let_go(run.out)
-        if run.made is not None:
-            folders.give_back(run.out, run.made)
-        if not isinstance(problem, KeyboardInterrupt):
-            raise
-        if not (run.out / "last.pt").exists():
-            raise KeyboardInterrupt("nothing was saved before the first epoch's end") from None
-        raise KeyboardInterrupt(f"{run.out}/last.pt holds {len(run.history)} whole epochs, go on with: python "
-                                f"{run.settings['script']} --resume --out {shlex.quote(str(run.out))}") from None
-    finally:
-        if ends:
-            folders.let_go(run.out)

@@ -14,6 +14,7 @@ mixes the stored logits as it mixes the images.
 import torch
 import torch.nn.functional as F
 
+from engine import checkpoint, parallel
 from engine.settings import Setting
 
 UNWEIGHTED = (("distillation_weight", 0),)       # beside which a teacher changes nothing
@@ -79,3 +80,29 @@ def ask(teacher, batches, views, precision, chunk=500):
             drawn[indices, number] = torch.cat(moves, 1).to(torch.int8)
             answers[indices, number] = logits.half()
     return {"views": drawn, "answers": answers}
+
+
+def take_views(run, precision):
+    """Give the training batches of `run` the views of --teacher-views, asked once and kept in its folder, views.pt.
+
+    precision: as of `ask`. Raises FileNotFoundError where the file of a run that goes on is gone, and ValueError where
+    it is of another teacher or other settings.
+    """
+    batches, path, settings = run.train, run.out / "views.pt", run.settings
+    if batches.views is not None:
+        return
+    of = {"teacher": run.teacher_sha256, "--pad": settings["pad"], "number of images": len(batches.chosen),
+          "line FLIPS": settings["flips"]}
+    if parallel.agreed(path.exists()):
+        held = checkpoint.read(path)
+        changed = [name for name in of if held.get("of", of).get(name) != of[name]]       # an older file does not say
+        if changed:
+            raise ValueError(f"{path} was asked with another {changed[0]}: give the one of the run's beginning, or "
+                             "start a new run with another --out")
+    elif run.history:
+        raise FileNotFoundError(f"{path} is gone, from which this run took the teacher's answers; start a new run")
+    else:                                 # every process draws the same views, and one writes them
+        held = ask(run.teacher, batches, settings["teacher_views"], precision) | {"of": of}
+        if parallel.leads():
+            checkpoint.save(path, held)
+    batches.views, batches.answers = (held[name].to(run.device) for name in ("views", "answers"))

@@ -19,6 +19,7 @@ import pruning
 import set_pruning_train
 from engine import checkpoint, commandline, compiling, operations, parallel
 from engine.averages import update_average
+from engine.endings import enough_memory, resumable
 from engine.finite import count_finite, refuse_counted, refuse_nonfinite, refuse_nonfinite_state
 from engine.folders import newest
 from engine.settings import Setting, defaults_of, joined, line, only, without_flags
@@ -26,16 +27,14 @@ from experiment import (
     MIXINGS,
     autocast,
     begin_round,
-    enough_memory,
     finish,
     lay_out,
     masked_weights,
-    resumable,
     save,
     start,
 )
 from networks import image_shape
-from set_distillation_train import ask, distilled, teach
+from set_distillation_train import distilled, take_views, teach
 from set_pruning_train import GRADUAL, prune_on_schedule, ranks_at, remove_channels, search_penalty
 from set_quantization_train import after_step, evaluation_weights, step_weights
 from set_resizing_train import resized, side_of
@@ -148,7 +147,7 @@ def fit(run):
     if run.optimizer is None:
         begin_round(run)
     if run.settings["teacher_views"]:
-        take_views(run)
+        take_views(run, autocast(run.device, run.dtype))
     epochs = run.settings["epochs"][run.round]
     images = len(run.train) * run.settings["batch_size"]
     with enough_memory(run.settings), tqdm(
@@ -308,33 +307,6 @@ def count_operations(run, shown, images):
                               operations.macs_of(run.teacher, images.shape[1:]) if asks else 0)
     macs, teacher_macs = run.counted[shape]
     run.pflop += operations.step_pflop(macs, len(shown) * parallel.ranks(), teacher_macs)
-
-
-def take_views(run):
-    """Give the training batches the views of --teacher-views with the teacher's answers: asked once, kept in a file."""
-    if run.train.views is not None:
-        return
-    path, of = run.out / "views.pt", views_of(run)
-    if parallel.agreed(path.exists()):
-        held = checkpoint.read(path)
-        changed = [name for name in of if held.get("of", of).get(name) != of[name]]       # an older file does not say
-        if changed:
-            raise ValueError(f"{path} was asked with another {changed[0]}: give the one of the run's beginning, or "
-                             "start a new run with another --out")
-    elif run.history:
-        raise FileNotFoundError(f"{path} is gone, from which this run took the teacher's answers; start a new run")
-    else:                                 # every process draws the same views, and one writes them
-        held = ask(run.teacher, run.train, run.settings["teacher_views"], autocast(run.device, run.dtype)) | {"of": of}
-        if parallel.leads():
-            checkpoint.save(path, held)
-    run.train.views, run.train.answers = (held[name].to(run.device) for name in ("views", "answers"))
-
-
-def views_of(run):
-    """{what: its value} of all that the file of --teacher-views depends on."""
-    settings = run.settings
-    return {"teacher": run.teacher_sha256, "--pad": settings["pad"],
-            "number of images": len(run.train.chosen), "line FLIPS": settings["flips"]}
 
 
 def networks_of(run):

@@ -14,8 +14,9 @@ import pruning
 import set_pruning_train
 import train
 from engine import checkpoint, commandline, parallel
+from engine.endings import resumable
 from engine.settings import with_defaults
-from experiment import finish, resumable, start
+from experiment import finish, start
 from networks import image_shape
 from set_pruning_train import hint_of, narrow
 from train import RECIPES, fit, lay_out_again, recalibrate

@@ -1,13 +1,19 @@
-"""What a run wrote, read and checked: `config.json`, `history.csv`, `report.json`.
+"""What a run writes beside its checkpoints, and what is read of it: `config.json`, `history.csv`, `report.json`.
 
-Each function returns plain values that have the form which study.py and report.py
-count on; ValueError names the file and the first thing that is of another form.
+Each function that reads returns plain values that have the form which study.py and
+report.py count on; ValueError names the file and the first thing that is of another form.
 """
+import json
 import math
+import platform
 import sys
+import time
 from pathlib import Path
 
-from engine import checkpoint
+import numpy as np
+import torch
+
+from engine import checkpoint, commandline, parallel
 
 # name: its type; those of OPTIONAL may be absent or null
 SETTINGS = {"dataset": str, "mixing": str, "recipe": str, "seed": int, "sparsity": list}
@@ -37,6 +43,22 @@ def sources_of(folder):
     """{path: text} of the Python files of the project in `folder` that a run may use."""
     paths = [*folder.glob("*.py"), *(path for part in FOLDERS for path in (folder / part).glob("*.py"))]
     return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(paths)}
+
+
+def write_config(run, sources):
+    """config.json of a run that begins or goes on: its settings, `sources` of `sources_of`, versions and device."""
+    config = {"settings": run.settings, "architecture": run.architecture,
+              "device": commandline.device_name(run.device), "processes": parallel.ranks(),
+              "arithmetic": run.arithmetic, "convolutions": run.form,
+              "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+              "source": sources}
+    path = run.out / "config.json"
+    if run.made is None and path.exists():
+        with checkpoint.noted():              # all that counts is in last.pt
+            first = checkpoint.read_json(path)
+            config |= {"started": first.get("started"), "resumed": [*first.get("resumed", []), config["started"]]}
+    checkpoint.write(path, json.dumps(config, indent=1).encode())
 
 
 def read_config(folder):

@@ -80,7 +80,7 @@ def test_of_several_processes_all_draw_and_one_writes(teachers, tmp_path, monkey
         monkeypatch.setattr(train.parallel, "leads", lambda leads=leads: leads)
         monkeypatch.setattr(train.parallel, "agreed", lambda value: False)         # what the first one said
         written = (out / "views.pt").stat().st_mtime_ns if not leads else None
-        train.take_views(run)
+        train.take_views(run, train.autocast(run.device, run.dtype))
         drawn.append((run.train.views, run.generator.get_state()))
     assert (out / "views.pt").stat().st_mtime_ns == written
     assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
