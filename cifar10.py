@@ -16,6 +16,7 @@ loop of their own take `loaders`: torchvision transforms and DataLoaders over th
 same splits.
 """
 import contextlib
+import hashlib
 import io
 import os
 import sys
@@ -115,6 +116,21 @@ def refuse_changed(dataset, stored, kind):
     if changed:
         raise ValueError(f"{dataset} is not as it was when the run began ({changed[0]}: {before[changed[0]]} then, "
                          f"{now[changed[0]]} now); --force goes on with it as it is")
+
+
+def sha256_of(data):
+    """The SHA-256 of all images and labels of a `Data`, in their order, as text."""
+    digest = hashlib.sha256()
+    for array in data:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def refuse_exchanged(dataset, stored, now):
+    """ValueError where a folder's pictures are not those that a run began with, by `sha256_of`; None: not known."""
+    if None not in (stored, now) and stored != now:
+        raise ValueError(f"{dataset} is not as it was when the run began: other pictures, or the same under other "
+                         "names or classes, which also puts others into validation; --force goes on with it as it is")
 
 
 # ---- from files to arrays

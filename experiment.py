@@ -79,6 +79,7 @@ class Run:
     layout: torch.memory_format = torch.contiguous_format     # of images and weights in memory
     teacher: torch.nn.Module = None
     teacher_sha256: str = None
+    pictures_sha256: str = None   # of one's own pictures and their classes, in order; None of the other data sets
     board: object = None          # TensorBoard's writer, from the first row that is written
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
     made: list = None             # folders made for it, until its first step; None: not to be given back
@@ -112,6 +113,8 @@ def start(script, description, table, recipes, argv):
     given |= {name: str(checkpoint.find(given[name])) for name in ("teacher", "start") if given.get(name)}
     if given.get("resume"):
         given["out"], state = folders.state_to_resume(given, Path(script).name)
+        if given.get("cycle") and Path(given["cycle"]).exists():           # the file may be another one by now
+            given["cycle_settings"] = filter_pruning.read_given(given["cycle"])
         settings = to_resume(table, state, lines, as_joined(table, state["settings"], given))
     else:
         settings = fresh_settings(script, table, lines, recipes, given)
@@ -198,7 +201,9 @@ def prepare(settings, state):
     if "bits" in architecture:
         begin_bits(model, architecture["bits"], calibration if state is None else None)
     run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, kind=kind,
-              forward=model)
+              forward=model, pictures_sha256=None if settings["dataset"] in cifar10.KINDS else cifar10.sha256_of(data))
+    if state is not None and not settings["force"]:
+        cifar10.refuse_exchanged(settings["dataset"], state.get("pictures"), run.pictures_sha256)
     if settings["recipe"] != "published":       # which trains on a CPU as it did
         run.layout = torch.channels_last
     if device.type != "cpu" or settings["recipe"] != "published":
@@ -345,7 +350,7 @@ def state_of(run):
     return {**checkpoint.network_of(run.model, run.architecture), "settings": run.settings,
             "kind": cifar10.plain(run.kind),
             "masks": run.masks, "round": run.round, "epoch": run.epoch, "planned": run.planned, "form": run.form,
-            "device": run.device.type, "teacher": run.teacher_sha256,
+            "device": run.device.type, "teacher": run.teacher_sha256, "pictures": run.pictures_sha256,
             "history": run.history,
             "average": checkpoint.weights_of(run.average) if run.average is not None else None,
             "optimizer": run.optimizer.state_dict(), "schedule": run.schedule.state_dict(),
@@ -397,7 +402,8 @@ def finish(run):
         network = checkpoint.network_of(run.model, run.architecture)
     for path in (run.out / "model.pt", run.settings["cycle_settings"].get("output_model_path")):
         if path:
-            checkpoint.save(path, {**network, "dataset": run.settings["dataset"], "kind": cifar10.plain(run.kind)})
+            checkpoint.save(path, {**network, "dataset": run.settings["dataset"], "kind": cifar10.plain(run.kind),
+                                   "epochs": len(run.history)})
     print(f"{run.out}/model.pt: {100 * pruning.sparsity_of(run.model):.2f} % zeros, validation accuracy "
           f"{run.history[-1]['validation_accuracy']:.2f} %; next: python test.py --checkpoint "
           f"{shlex.quote(f'{run.out}/model.pt')}")

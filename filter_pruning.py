@@ -11,13 +11,12 @@ faster too. These functions fit into any loop; `reduce_network` does a whole
 network of this project. `Pruner` is the other way round: it removes the filters
 of smallest L1 norm, fine-tunes, and goes on while the validation loss allows it.
 """
-import json
 import time
 from pathlib import Path
 
 import torch
 
-from engine import checkpoint, folders, shrinking
+from engine import checkpoint, folders, run_files, shrinking
 from engine.settings import Setting, check_value, defaults_of, only
 from engine.shrinking import (  # noqa: F401  (published together)
     made_weights,
@@ -173,11 +172,14 @@ SPELLINGS = {"pruning_standart_deviation_part": "pruning_standard_deviation_part
 def read_given(config):
     """The settings in a dictionary or a JSON file, those alone, under their right names; ValueError for a wrong one."""
     try:
-        given = config if isinstance(config, dict) else json.loads(Path(config).read_text())
-        given = {SPELLINGS.get(name, name): value for name, value in given.items()}
+        given = config if isinstance(config, dict) else checkpoint.parse_json(Path(config).read_text())
+        named = {SPELLINGS.get(name, name): value for name, value in given.items()}
     except (ValueError, AttributeError) as problem:
         raise ValueError(f"{config} is no JSON object of settings: {problem}") from None
-    unknown = sorted(set(given) - set(CYCLE))
+    if len(named) < len(given):
+        both = " and ".join(name for pair in SPELLINGS.items() for name in pair)
+        raise ValueError(f"{config}: {both} are one setting; leave one out")
+    given, unknown = named, sorted(set(named) - set(CYCLE))
     if unknown:
         raise ValueError(f"no setting is called {unknown[0]!r}; there are {', '.join(CYCLE)}")
     for name, value in given.items():
@@ -198,6 +200,8 @@ def check_files(settings, out, begins):
         folders.refuse_target("output_model_path of --cycle", target)
         folders.refuse_overwriting({"output_model_path of --cycle": target}, [out / name for name in (
             "last.pt", "previous.pt", "history.csv", "config.json")])
+        if Path(target).resolve().parent != out.resolve():
+            run_files.refuse_own("output_model_path of --cycle", target)
     folders.refuse_overwriting(reads, [out, *[target] * bool(target)])
 
 

@@ -312,7 +312,7 @@ def read_structure(path):
     if not path.is_file():
         raise FileNotFoundError(f"there is no structure at {path}")
     try:
-        structure = json.loads(path.read_bytes())
+        structure = checkpoint.parse_json(path.read_bytes())
     except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path} is no JSON: {problem}") from None
     if not isinstance(structure, dict) or not structure:

@@ -29,6 +29,8 @@ SETTINGS = {
     "shortcut": Setting("B", "of ResNet-20 to 110: A (pad) or B (1x1 convolution)"),
 }
 
+WORDS = ("activation", "pooling", "shortcut")       # of which a network has some
+
 
 def build(name, bits=None, **arguments):
     """The network called `name` of resnet_factorized.py or models.py, freshly initialised.
@@ -53,13 +55,13 @@ def architecture_of(settings):
     architecture = {"name": name, "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
     if name in resnet_factorized.NETWORKS:
         architecture |= {"groups": settings["groups"], "shuffle": settings["shuffle"]}
-        for word in ("activation", "pooling", "shortcut"):
-            if settings[word] != SETTINGS[word].default:
-                raise ValueError(f"--{word} {settings[word]}: {name} has no {word} to choose; leave it out")
     else:
         check_name(name)
-        offered = {"size": kind.shape[0], **{word: settings[word] for word in ("activation", "pooling", "shortcut")}}
+        offered = {"size": kind.shape[0], **{word: settings[word] for word in WORDS}}
         architecture |= {word: offered[word] for word in models.arguments_of(name)}
+    for word in WORDS:
+        if word not in architecture and settings[word] != SETTINGS[word].default:
+            raise ValueError(f"--{word} {settings[word]}: {name} has no {word} to choose; leave it out")
     with torch.device("meta"):
         model = build(**architecture)
         pruning.prunable(model, settings["exclude"])
@@ -99,12 +101,17 @@ def network_of(path, state, device):
             reason += f"; its architecture is {str(state['architecture'])[:300]}"
         named = "" if str(path) in reason else f"{path} holds no network that can be built: "
         raise ValueError(named + reason) from None
+    refuse_broken(path, model)
+    return model.eval().to(device), state
+
+
+def refuse_broken(path, model):
+    """ValueError where a value of a network that comes from `path` is NaN or infinite."""
     for name, tensor in model.state_dict().items():
         wrong = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
         if wrong:
             raise ValueError(f"{path} holds a broken network: {wrong:,} of {tensor.numel():,} values of {name} are NaN "
                              "or infinite; train it again with a smaller --lr")
-    return model.eval().to(device), state
 
 
 def as_validated(model, state):
@@ -181,7 +188,7 @@ def load_teacher(path, dataset, kind, device, force=False):
     """
     state = read_network(path)
     refuse_misfit(f"the teacher in {path}", state["architecture"], dataset, kind)
-    refuse_stranger(f"the teacher in {path}", state["dataset"], dataset, force)
+    refuse_stranger(f"the teacher in {path}", state, dataset, kind, force)
     teacher, _ = network_of(path, state, device)
     try:
         teacher(torch.zeros(1, *image_shape(kind), device=device))
@@ -199,10 +206,11 @@ def load_start(model, architecture, path, dataset, kind, force=False):
     if "integers" in state:
         raise ValueError(f"{path} is packed: its integers do not train; start from the model.pt that it came from")
     refuse_misfit(f"the network in {path}", state["architecture"], dataset, kind)
-    refuse_stranger(f"the network in {path}", state["dataset"], dataset, force)
+    refuse_stranger(f"the network in {path}", state, dataset, kind, force)
     if state.get("average"):              # of an unfinished run: what it was validated with, as `load_network` has it
         state["weights"] = state["average"]
     checkpoint.load_weights(model, quantization.without_bits(architecture), quantization.without_steps(state))
+    refuse_broken(path, model)
 
 
 # ---- a network and a data set
@@ -229,10 +237,18 @@ def refuse_misfit(what, architecture, dataset, kind):
                          f"channels and {kind.shape[0]} x {kind.shape[1]} pixels")
 
 
-def refuse_stranger(what, theirs, dataset, force):
-    """ValueError where a network was trained on another data set, unless that is forced; theirs: None where unknown."""
+def refuse_stranger(what, state, dataset, kind, force):
+    """ValueError where a network was trained on another data set, or on a folder of other classes, unless forced.
+
+    state: the dictionary of its file, whose `dataset` is None where it is not known.
+    """
+    theirs = state["dataset"]
     if theirs not in (None, dataset) and not force:
         raise ValueError(f"{what} was trained on {theirs}, and this run is on {dataset}; --force takes it all the same")
+    classes = cifar10.kind_of(dataset, state["kind"]).classes if theirs and state.get("kind") else kind.classes
+    if tuple(classes) != tuple(kind.classes) and not force:
+        raise ValueError(f"{what} tells {', '.join(classes)[:200]} apart, and {dataset} has "
+                         f"{', '.join(kind.classes)[:200]}; --force takes it all the same")
 
 
 def check_batch(model, name, batch_size, shape):

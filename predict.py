@@ -43,6 +43,9 @@ def find_pictures(path):
 def predict(forward, path, kind, top, background=pictures.WHITE):
     """[(class, probability)] of the `top` most likely classes of one picture."""
     shares = forward(read_picture(path, kind, background)).softmax(1)[0]
+    if not torch.isfinite(shares).all():
+        raise ValueError(f"the network's outputs for {path} are NaN or infinite; its numbers overflow: train it again "
+                         "with a smaller --lr")
     best = shares.topk(min(top, len(shares)))
     return [(kind.classes[index], share) for share, index in zip(best.values.tolist(), best.indices.tolist(),
                                                                  strict=True)]

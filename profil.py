@@ -279,6 +279,8 @@ def untrained(arguments):
 def main(argv):
     """Profile a checkpoint or an untrained network."""
     arguments = parse(argv)
+    if arguments.csv:
+        run_files.refuse_own("--csv", arguments.csv)
     if arguments.model:
         model, source = untrained(arguments), "untrained"
         dataset = "cifar100" if (arguments.dataset, arguments.classes) == ("cifar10", 100) else arguments.dataset
@@ -287,7 +289,6 @@ def main(argv):
         source = find_checkpoint(arguments.checkpoint)
         if arguments.csv:
             checkpoint.refuse_same(source, arguments.csv, "--csv")
-            run_files.refuse_own("--csv", arguments.csv)
         model, state = load_network(source)
         dataset, kind = data_of(source, state, arguments.dataset)
     height, width, channels = kind.shape
@@ -303,7 +304,8 @@ def main(argv):
             names = ("name", "weights", "zero_weights")
             layers = [{name: row[name] for name in names} for row in rows if row["weights"]]
             checkpoint.merge_json(Path(source).parent / "report.json", {"profile": {
-                **totals, "layers": layers, "checkpoint": str(source), "sha256": checkpoint.sha256_of(source)}})
+                **totals, "layers": layers, "epochs": state.get("epochs"), "checkpoint": str(source),
+                "sha256": checkpoint.sha256_of(source)}})
     if arguments.csv:
         write_rows(arguments.csv, rows)
 

@@ -234,18 +234,19 @@ def sparsity_of(model, exclude=()):
 
 # ---- channels that leave for a number of multiply-adds
 
-def narrow(model, macs, shape, layers=(), average=None, optimizer=None, masks=None):
+def narrow(model, macs, shape, layers=(), average=None, optimizer=None, masks=None, exclude=()):
     """Remove the weakest channels within the blocks of `model` until an image takes at most `macs` multiply-adds.
 
     How strong a channel is: the magnitudes of the weights that make it times those of
     the weights that read it, each relative to the mean of its layer. One limit holds
     for the whole network; streams stay, and so do channels that groups have to share
     evenly. shape: (C, H, W) of one image; layers: names of those that lose channels,
-    all where there is none. average, optimizer, masks: see `shrinking.remove`.
+    all where there is none; exclude: of those that stay as they are. average,
+    optimizer, masks: see `shrinking.remove`.
     Returns {layer: (channels before, after)} of what changed. ValueError with the
     fewest multiply-adds that are possible.
     """
-    strengths = {space["name"]: strength_of(model, space) for space in inner_spaces(model, layers)}
+    strengths = {space["name"]: strength_of(model, space) for space in inner_spaces(model, layers, exclude)}
     limits = torch.cat([torch.tensor([-1.0]), *strengths.values()]).unique()      # rising; below the first none leaves
     low, high = 0, len(limits) - 1
     refuse_wider(macs, narrowed_macs(model, strengths, limits[high], shape))
@@ -256,10 +257,10 @@ def narrow(model, macs, shape, layers=(), average=None, optimizer=None, masks=No
     return remove_weak(model, strengths, limits[low], average, optimizer, masks)
 
 
-def check_macs(model, macs, shape, layers=()):
+def check_macs(model, macs, shape, layers=(), exclude=()):
     """ValueError where `narrow` cannot get down to `macs` multiply-adds, or for a layer that cannot lose channels."""
     every = {space["name"]: torch.zeros(len(model.get_submodule(space["makers"][0]).weight))
-             for space in inner_spaces(model, layers)}
+             for space in inner_spaces(model, layers, exclude)}
     refuse_wider(macs, narrowed_macs(model, every, 0.0, shape))
 
 
@@ -270,12 +271,13 @@ def refuse_wider(macs, least):
                          "multiply-adds; give as many or more")
 
 
-def inner_spaces(model, layers=()):
+def inner_spaces(model, layers=(), exclude=()):
     """The channel spaces that lie within blocks, or between layers in a row, and train; of the `layers`, if any.
 
-    ValueError for one that is not there.
+    Those that a layer of `exclude` makes or reads are left out. ValueError for one that is not there.
     """
-    spaces = {space["name"]: space for space in shrinking.trained_spaces(model) if not space["branch"]}
+    spaces = {space["name"]: space for space in shrinking.trained_spaces(model) if not space["branch"]
+              and not set(exclude) & {*space["makers"], *space["readers"]}}
     unknown = [name for name in layers if name not in spaces]
     if unknown:
         raise ValueError(f"{unknown[0]!r} cannot lose channels by --macs; these can: {', '.join(spaces) or 'none'}")

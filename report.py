@@ -60,6 +60,19 @@ def read_run(folder):
             "seed": settings["seed"], "started": config.get("started")}
 
 
+def read_runs(folders):
+    """(the runs that can be read, what is wrong with the others); the error itself where none can be."""
+    runs, wrong = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except (ValueError, OSError) as problem:
+            wrong.append(problem)
+    if not runs:
+        raise wrong[0]
+    return runs, [f"left out: {problem}" for problem in wrong]
+
+
 def row_of_result(history, settings, profile):
     """The last row; of an L1 cycle, which ends with a network that it refuses, the last of the size that was kept."""
     kept = history.get("parameters", pd.Series(dtype=float)) == profile.get("parameters")
@@ -285,7 +298,10 @@ def main(argv):
         print(f"written: tables in {', '.join(map(str, changed))}" if changed else "all pages are up to date")
         return
     out = Path(arguments.out)
-    runs = distinct([read_run(folder) for folder in arguments.runs or find_runs()])
+    if (out / "study.json").exists():
+        raise ValueError(f"{out} holds the tables of a study; choose another --out")
+    runs, wrong = read_runs(arguments.runs or find_runs())
+    runs = distinct(runs)
     check_kept(runs, out)
     cifar10.check_folder(out)
     table, from_nothing = table_of(one_a_seed(runs)), [run for run in runs if not run["continued"]]
@@ -303,6 +319,8 @@ def main(argv):
     print(f"written: {out}/table.md, table.csv, time.csv, accuracy_size.png, accuracy_time.png, "
           "accuracy_operations.png, and curves and layers by run")
     tables.update(out)
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def take_views(run, precision):
     if batches.views is not None:
         return
     of = {"teacher": run.teacher_sha256, "--pad": settings["pad"], "number of images": len(batches.chosen),
-          "line FLIPS": settings["flips"]}
+          "line FLIPS": settings["flips"], "--dataset": settings["dataset"], "set of pictures": run.pictures_sha256}
     if parallel.agreed(path.exists()):
         held = checkpoint.read(path)
         changed = [name for name in of if held.get("of", of).get(name) != of[name]]       # an older file does not say

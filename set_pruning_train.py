@@ -134,7 +134,7 @@ def check_narrowing(settings, model, shape):
         raise ValueError(f"--macs {settings['macs']} comes with the last pruning, and there is none: give --sparsity")
     if parallel.ranks() > 1:
         raise ValueError("--macs shrinks the network, which takes one process: run it without torchrun")
-    pruning.check_macs(model, settings["macs"], shape, settings["macs_layers"])
+    pruning.check_macs(model, settings["macs"], shape, settings["macs_layers"], settings["exclude"])
 
 
 def check_budget(settings, model, search):
@@ -209,7 +209,8 @@ def narrow(settings, shape, model, average, optimizer, masks):
     """Channels leave until --macs is met; which, as text: "" where it is met already."""
     if macs_of(model, shape) <= settings["macs"]:
         return ""
-    left = pruning.narrow(model, settings["macs"], shape, settings["macs_layers"], average, optimizer, masks)
+    left = pruning.narrow(model, settings["macs"], shape, settings["macs_layers"], average, optimizer, masks,
+                          settings["exclude"])
     told = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in left.items())
     return f"{told}; {macs_of(model, shape):,} multiply-adds"
 

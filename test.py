@@ -37,6 +37,10 @@ def test_network(model, data, kind, precision, device, batch_size=500, limit=Non
     logits, labels = predict(model, ((images.to(dtype), labels) for images, labels in batches), device)
     compiling.synchronise(device)
     seconds = time.perf_counter() - begun
+    broken = int((~torch.isfinite(logits)).any(1).sum())
+    if broken:
+        raise ValueError(f"the network's outputs for {broken:,} of {len(labels):,} images are NaN or infinite: its "
+                         f"numbers overflow ({note}); try --precision float, or train it again with a smaller --lr")
     count = len(kind.classes)
     confusion = torch.bincount(labels * count + logits.argmax(1), minlength=count * count).view(count, count)
     correct, images = confusion.diag(), confusion.sum(1)
@@ -147,14 +151,14 @@ def main(argv):
               **test_network(model, data, kind, arguments.precision, device, arguments.batch_size, arguments.limit),
               "bytes": bytes_of(path, model, network)}
     print(json.dumps(result)) if arguments.json else print_result(result)
-    of_run = (path.parent / "config.json").exists()
+    of_run = run_files.is_result(path) and dataset == network["dataset"] and not arguments.limit
     picture = arguments.picture or (path.parent / "confusion.png" if of_run else None)
     if picture:
         with checkpoint.noted():
             draw_confusion(picture, result)
-    if run_files.is_result(path) and dataset == network["dataset"] and not arguments.limit:
+    if of_run:
         with checkpoint.noted():
-            measured = {**result, "sha256": checkpoint.sha256_of(path)}
+            measured = {**result, "epochs": network.get("epochs"), "sha256": checkpoint.sha256_of(path)}
             checkpoint.merge_json(path.parent / "report.json", {"test": measured})
 
 

@@ -25,7 +25,7 @@ import pruning
 import set_pruning_train
 import train
 import train_pruning
-from engine import checkpoint, commandline, compiling
+from engine import checkpoint, commandline, compiling, run_files
 
 COMMON = "--dataset digits --limit 192 --batch-size 64 --epochs 1 1 --compile off"
 PRUNED = "--sparsity 0.5"
@@ -176,6 +176,8 @@ def parse(argv):
 def main(argv):
     """Run, resume, time, print, write."""
     arguments = parse(argv)
+    if arguments.json:
+        run_files.check_target(arguments.json)
     device = commandline.pick_device(arguments.device)
     compiling.set_up(device)
     names, rows = list(dict.fromkeys(["rounds", *arguments.techniques])), []

@@ -20,7 +20,7 @@ import torch
 import cifar10
 import networks
 from deploy import onnx_files
-from engine import checkpoint, commandline, compiling
+from engine import checkpoint, commandline, compiling, run_files
 from engine.commandline import call
 from networks import load_network
 
@@ -211,7 +211,7 @@ def main(argv):
                          "they must be of one data set and have a name each (NAME=PATH)")
     arguments.dataset = datasets.pop()
     if arguments.json:
-        cifar10.check_folder(Path(arguments.json).parent)         # before minutes of measuring
+        run_files.check_target(arguments.json, given.values())         # before minutes of measuring
     _, kind = networks.data_of(*states[0])
     data, rows = cifar10.load(arguments.dataset, arguments.data, kind.classes), []
     with tempfile.TemporaryDirectory() as folder:

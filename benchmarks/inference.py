@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-import cifar10
 import networks
 from deploy import onnx_files
-from engine import checkpoint, commandline, compiling
+from engine import checkpoint, commandline, compiling, run_files
 
 NETWORKS = {      # for 32x32 images in three channels, freshly initialised: speed does not depend on the weights
     "ResNet-18 dense": {"name": "resnet18", "groups": 1, "shuffle": False},
@@ -161,7 +160,7 @@ def main(argv):
     arguments = parse(argv)
     where = commandline.device_name(commandline.pick_device(arguments.device))
     if arguments.json:
-        cifar10.check_folder(Path(arguments.json).parent)         # before minutes of measuring
+        run_files.check_target(arguments.json)         # before minutes of measuring
     rows = measure_inference(arguments)
     if arguments.json:
         path, content = Path(arguments.json), {"device": where, "torch": torch.__version__,

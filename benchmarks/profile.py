@@ -20,7 +20,7 @@ import cifar10
 import profil
 import train
 from benchmarks import training
-from engine import checkpoint, commandline, compiling
+from engine import checkpoint, commandline, compiling, run_files
 
 KINDS = {         # the first pattern that a kernel's name has
     "batch norm, activations, additions": r"cpp_fused|triton_|batch_norm|relu|clamp_min|threshold_backward",
@@ -135,7 +135,7 @@ def main(argv):
     """Train a few steps, record, print, write."""
     arguments = parse(argv)
     if arguments.json:
-        cifar10.check_folder(Path(arguments.json).parent)
+        run_files.check_target(arguments.json)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")                # the recorder tells of every GPU that is not there
     if commandline.pick_device(arguments.device).type == "cpu":
         from torch._inductor import config

@@ -17,7 +17,7 @@ import torch
 import cifar10
 import experiment
 import train
-from engine import checkpoint, commandline, compiling
+from engine import checkpoint, commandline, compiling, run_files
 
 
 def make_run(changes, arguments):
@@ -174,7 +174,7 @@ def main(argv):
     arguments = parse(argv)
     where = commandline.device_name(commandline.pick_device(arguments.device))
     if arguments.json:
-        cifar10.check_folder(Path(arguments.json).parent)         # before minutes of measuring
+        run_files.check_target(arguments.json)         # before minutes of measuring
     rows = measure_training(arguments)
     print_training(rows, where)
     if arguments.json:

@@ -89,6 +89,8 @@ def state_of(path, session):
     if session.get_inputs()[0].type != "tensor(float)" or images[0] not in (None, 1) and isinstance(images[0], int):
         raise ValueError(f"{path} takes {session.get_inputs()[0].type} of {images}; predict.py gives it tensor(float), "
                          "one image at a time")
+    if all(isinstance(side, int) for side in images[2:4]) and images[2] != images[3]:
+        raise ValueError(f"{path} takes images of {images[2]} x {images[3]} pixels; predict.py gives it squares")
     channels, size, classes = (each if isinstance(each, int) else None for each in (images[1], images[2], logits[1]))
     try:
         about = json.loads(session.get_modelmeta().custom_metadata_map.get("network", "{}"))

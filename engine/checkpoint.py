@@ -62,17 +62,44 @@ def write(path, content, previous=None):
     partial = path.with_name(path.name + ".partial")
     with uninterrupted():
         try:
-            write_synced(partial, content)
-            if previous and path.exists():
-                replace_by_link(path, Path(previous))
-            os.replace(partial, path)
-            sync_folder(path.parent)
+            with alone(partial):
+                write_synced(partial, content)
+                if previous and path.exists():
+                    replace_by_link(path, Path(previous))
+                os.replace(partial, path)
+                sync_folder(path.parent)
         except OSError as problem:
             with suppress(OSError):       # there may be no such folder
                 partial.unlink(missing_ok=True)
             kept = f"; the previous {path.name} is intact" if path.exists() else ""
             raise RuntimeError(f"{path} could not be written ({problem.strerror or problem}): "
                           f"{len(content):,} bytes are needed{kept}") from None
+
+
+@contextmanager
+def alone(path):
+    """A block that writes `path`, and may rename it, while no other process does; a second one waits its turn."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = None
+    while handle is None:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        with suppress(OSError):           # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            renamed = not os.path.samestat(os.fstat(handle), os.stat(path))
+        except FileNotFoundError:
+            renamed = True
+        if renamed:                       # by the process that was waited for
+            os.close(handle)
+            handle = None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_synced(path, content):
@@ -257,12 +284,23 @@ def offer(path):
 def read_json(path):
     """The JSON object in a file; ValueError that names the file where it holds none."""
     try:
-        held = json.loads(Path(path).read_text(encoding="utf-8"))
+        held = parse_json(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path} is damaged, it is no JSON: {problem}") from None
     if not isinstance(held, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(held).__name__}, not a JSON object")
     return held
+
+
+def parse_json(text):
+    """What a JSON text holds; ValueError also where an object names a part twice, of which one would be lost."""
+    def once(pairs):
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+        if twice is not None:
+            raise ValueError(f"{twice[:40]!a} stands in it twice")
+        return dict(pairs)
+    return json.loads(text, object_pairs_hook=once)
 
 
 def sha256_of(path):

@@ -208,7 +208,6 @@ def command(main):
         if output.problem is not None and not isinstance(output.problem, BrokenPipeError):
             code = code or report(f"standard output could not be written ({output.problem}): what was printed from "
                                   "there on is lost, files are whole", 1)
-        code = code or (0 if output.problem is None else 1)
     if code:
         sys.exit(code)
 

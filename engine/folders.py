@@ -8,8 +8,13 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 from engine import checkpoint, parallel
 
+STATE = {"settings": dict, "masks": dict, "history": list, "round": int, "epoch": int, "optimizer": dict,
+         "schedule": dict, "random": dict}       # what a last.pt holds beside its network
+FORMS = {"settings": {"lines": dict, "epochs": list}, "random": {"generator": torch.Tensor, "torch": torch.Tensor}}
 HELD = {}      # (device, inode) of a folder: the handle by which this process holds it
 
 
@@ -147,9 +152,24 @@ def state_to_resume(given, script):
     state = checkpoint.read(out / "last.pt")
     if not {"settings", "optimizer", "schedule", "random"} <= state.keys():
         raise ValueError(f"{out}/last.pt holds a network alone, not the state of a run: it cannot be resumed")
+    refuse_other_form(f"{out}/last.pt", state)
     if state["settings"].get("script") != script:
         raise ValueError(f"{out} is a run of {state['settings'].get('script')}; that script resumes it")
     return str(out), state
+
+
+def refuse_other_form(path, state):
+    """ValueError for a part of a run's state that is absent or of another type."""
+    inside = {"settings": state["settings"], "random": state["random"]}
+    for where, held, forms in (("", state, STATE), *((f"{name}.", inside[name], FORMS[name]) for name in FORMS)):
+        for name, form in forms.items():
+            value = held.get(name) if isinstance(held, dict) else None
+            if not isinstance(value, form) or isinstance(value, bool):
+                raise ValueError(f"{path} holds no whole run: {where + name!r} must be a {form.__name__}, not "
+                                 f"{str(value)[:40]!r}; previous.pt beside it may")
+    rows = [*state["history"]]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds no whole run: 'history' must be a list of rows; previous.pt beside it may")
 
 
 def refuse_other_kind(out, device, state):

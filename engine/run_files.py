@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import checkpoint, commandline, parallel
+from engine import checkpoint, commandline, originals, parallel
 
 # name: its type; those of OPTIONAL may be absent or null
 SETTINGS = {"dataset": str, "mixing": str, "recipe": str, "seed": int, "sparsity": list}
@@ -39,6 +39,19 @@ def refuse_own(flag, path):
         raise ValueError(f"{flag} {path} is a file of the run in {path.parent}, which would be lost; name another file")
 
 
+def check_target(path, reads=()):
+    """ValueError where the numbers of --json cannot go to `path`; reads: the checkpoints that they come from.
+
+    It ends in .json, since a table and a plot may go beside it, and is no file that a run needs.
+    """
+    if Path(path).suffix != ".json":
+        raise ValueError(f"--json {path}: it must end in .json")
+    refuse_own("--json", path)
+    for read in reads:
+        checkpoint.refuse_same(read, path, "--json")
+    originals.check_folder(Path(path).parent)
+
+
 def sources_of(folder):
     """{path: text} of the Python files of the project in `folder` that a run may use."""
     paths = [*folder.glob("*.py"), *(path for part in FOLDERS for path in (folder / part).glob("*.py"))]
@@ -57,7 +70,8 @@ def write_config(run, sources):
     if run.made is None and path.exists():
         with checkpoint.noted():              # all that counts is in last.pt
             first = checkpoint.read_json(path)
-            config |= {"started": first.get("started"), "resumed": [*first.get("resumed", []), config["started"]]}
+            before = check(path, first, "resumed", list, optional=True) or []
+            config |= {"started": first.get("started"), "resumed": [*before, config["started"]]}
     checkpoint.write(path, json.dumps(config, indent=1).encode())
 
 
@@ -74,6 +88,7 @@ def read_config(folder):
     for place in range(len(config["settings"]["sparsity"])):
         check(path, dict(enumerate(config["settings"]["sparsity"])), place, float)
     check(path, config["architecture"], "name", str)
+    check(path, config, "versions", dict, optional=True)
     if "groups" in config["architecture"]:
         check(path, config["architecture"], "groups", int)
         if not isinstance(config["architecture"].get("shuffle"), bool):
@@ -111,9 +126,9 @@ def read_report(folder):
     """The report.json of a run: test and profile, what test.py and profil.py put there, or {}."""
     path = Path(folder) / "report.json"
     report = {"test": {}, "profile": {}} | (checkpoint.read_json(path) if path.exists() else {})
-    for name in outdated(folder):
-        print(f"note: {path} has the {name} of a network that {report[name]['checkpoint']} does not hold any more; "
-              "it is left out until that is measured again", file=sys.stderr, flush=True)
+    for name, whose in outdated(folder).items():
+        print(f"note: {path} has the {name} of {whose}; it is left out until that is measured again", file=sys.stderr,
+              flush=True)
         report[name] = {}
     test, profile = report["test"], report["profile"]
     check(path, test, "accuracy", float, optional=True)
@@ -130,17 +145,26 @@ def read_report(folder):
 
 
 def outdated(folder):
-    """The parts of a run's report.json, of test and profile, that were measured on a file which has changed since."""
-    path = Path(folder) / "report.json"
+    """{part: whose it is} of a run's report.json, of test and profile, what was measured on an earlier network."""
+    path, history = Path(folder) / "report.json", Path(folder) / "history.csv"
     report = {"test": {}, "profile": {}} | (checkpoint.read_json(path) if path.exists() else {})
-    return [name for name in ("test", "profile") if stale(path, check(path, report, name, dict))]
+    epochs = len(history.read_bytes().splitlines()) - 1 if history.is_file() else None
+    found = {name: earlier(path, check(path, report, name, dict), epochs) for name in ("test", "profile")}
+    return {name: whose for name, whose in found.items() if whose}
 
 
-def stale(path, measured):
-    """Whether the file that something was measured on, beside `path`, has changed since; one not there has not."""
+def earlier(path, measured, epochs):
+    """Whose numbers `measured` are, if not those of the run that has so many epochs by now; None where they are.
+
+    A file beside `path`, on which they were measured, may be another one by now; one not there is taken to be the same.
+    """
     named, sha256 = (check(path, measured, name, str, optional=True) for name in ("checkpoint", "sha256"))
-    file = path.with_name(Path(named or "none").name or "none")
-    return bool(named and sha256) and file.is_file() and checkpoint.sha256_of(file) != sha256
+    file, then = path.with_name(Path(named or "none").name or "none"), check(path, measured, "epochs", int, True)
+    if named and sha256 and file.is_file() and checkpoint.sha256_of(file) != sha256:
+        return f"a network that {named} does not hold any more"
+    if then is not None and epochs is not None and then != epochs:
+        return f"the network after {then} epochs, and the run has {epochs} by now"
+    return None
 
 
 def check(path, held, name, form, optional=False):

@@ -15,7 +15,7 @@ import networks
 import train
 import train_pruning
 from engine import checkpoint, commandline, run_files
-from engine.settings import names_of
+from engine.settings import defaults_of, names_of
 
 PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
 KNOWN = {"a study": {*PARTS, "title", "factors", "run"},
@@ -31,7 +31,7 @@ WRITTEN = {"runs.csv", "table.csv", "table.md", "accuracy.png", "influence.csv",
 def read_study(path):
     """The study in a JSON file; ValueError where a part is absent or of another form, or an arm's flags are refused."""
     try:
-        study = json.loads(Path(path).read_text(encoding="utf-8"))
+        study = checkpoint.parse_json(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path} is no JSON: {problem}") from None
     if not isinstance(study, dict):
@@ -200,7 +200,9 @@ def check_runs(name, study, seeds):
     for arm, seed in itertools.product(study["arms"], seeds):
         folder = folder_of(name, arm, seed)
         if (folder / "config.json").exists() and ((folder / "finished").exists() or (folder / "last.pt").exists()):
-            differ = differences(run_files.read_config(folder)["settings"], settings_of(study, arm, seed))
+            before = defaults_of(SCRIPTS[command_of(study, arm, seed)[0]].SETTINGS)
+            stored = {**before, **run_files.read_config(folder)["settings"]}
+            differ = differences(stored, settings_of(study, arm, seed))
             if differ:
                 raise ValueError(f"{folder} was trained with other settings than arm {arm['name']!r} has now "
                                  f"({'; '.join(differ)}); rename the arm or the study, or move that folder away")
@@ -221,6 +223,8 @@ def differences(stored, wanted):
 
 def check_out(path, out):
     """ValueError where the table in `out` is that of another study file, which is still there."""
+    if (Path(out) / "time.csv").exists():
+        raise ValueError(f"{out} holds the tables of report.py; choose another --out")
     record = Path(out) / "study.json"
     other = checkpoint.read_json(record).get("study") if record.exists() else None
     if isinstance(other, str) and Path(other).is_file() and not os.path.samefile(other, path):

@@ -35,6 +35,16 @@ def test_a_training_run_goes_on_and_its_files_are_whole(redirect, code, told, tm
     assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 2
 
 
+def test_a_reader_that_leaves_is_no_failure():
+    """So that a study whose reader leaves does not count its runs as failed."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "profil.py", "--model", "lenet5"], cwd=ROOT, stdout=writes,
+                          stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("script", QUICK)
 def test_a_full_output_is_named_by_every_script(script):
     done = shell(script, QUICK[script].split(), "> /dev/full")
