@@ -200,9 +200,9 @@ def check_files(settings, out, begins):
         folders.refuse_target("output_model_path of --cycle", target)
         folders.refuse_overwriting({"output_model_path of --cycle": target}, [out / name for name in (
             "last.pt", "previous.pt", "history.csv", "config.json")])
-        if Path(target).resolve().parent != out.resolve():
-            run_files.refuse_own("output_model_path of --cycle", target)
     folders.refuse_overwriting(reads, [out, *[target] * bool(target)])
+    if target and Path(target).resolve().parent != out.resolve():
+        run_files.refuse_own("output_model_path of --cycle", target)
 
 
 class Pruner:
