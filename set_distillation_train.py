@@ -95,7 +95,8 @@ def take_views(run, precision):
           "line FLIPS": settings["flips"], "--dataset": settings["dataset"], "set of pictures": run.pictures_sha256}
     if parallel.agreed(path.exists()):
         held = checkpoint.read(path)
-        changed = [name for name in of if held.get("of", of).get(name) != of[name]]       # an older file does not say
+        theirs = held.get("of", {})       # an older file does not say all
+        changed = [name for name in of if theirs.get(name, of[name]) != of[name]]
         if changed:
             raise ValueError(f"{path} was asked with another {changed[0]}: give the one of the run's beginning, or "
                              "start a new run with another --out")

@@ -69,6 +69,14 @@ def test_views_of_an_older_run_are_taken(with_views):
     train.main(["--resume", "--force", "--out", str(with_views), "--epochs", "2"])
 
 
+def test_views_of_a_run_that_did_not_name_its_data_set_are_taken(with_views):
+    held = checkpoint.read(with_views / "views.pt")
+    newer = ("--dataset", "set of pictures")
+    checkpoint.save(with_views / "views.pt", {**held, "of": {name: value for name, value in held["of"].items()
+                                                             if name not in newer}})
+    train.main(["--resume", "--force", "--out", str(with_views), "--epochs", "2"])
+
+
 def test_of_several_processes_all_draw_and_one_writes(teachers, tmp_path, monkeypatch):
     """A process that comes late finds the file, and must still draw as the others did."""
     out, drawn = tmp_path / "run", []
