@@ -160,15 +160,13 @@ def state_to_resume(given, script):
 
 def refuse_other_form(path, state):
     """ValueError for a part of a run's state that is absent or of another type."""
-    inside = {"settings": state["settings"], "random": state["random"]}
-    for where, held, forms in (("", state, STATE), *((f"{name}.", inside[name], FORMS[name]) for name in FORMS)):
+    for where, held, forms in (("", state, STATE), *((f"{name}.", state[name], FORMS[name]) for name in FORMS)):
         for name, form in forms.items():
             value = held.get(name) if isinstance(held, dict) else None
             if not isinstance(value, form) or isinstance(value, bool):
                 raise ValueError(f"{path} holds no whole run: {where + name!r} must be a {form.__name__}, not "
                                  f"{str(value)[:40]!r}; previous.pt beside it may")
-    rows = [*state["history"]]
-    if not all(isinstance(row, dict) for row in rows):
+    if not all(isinstance(row, dict) for row in state["history"]):
         raise ValueError(f"{path} holds no whole run: 'history' must be a list of rows; previous.pt beside it may")
 
 
