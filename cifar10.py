@@ -109,13 +109,21 @@ def from_plain(dataset, stored):
     return kind
 
 
-def refuse_changed(dataset, stored, kind):
-    """ValueError where a folder of pictures is no longer as a checkpoint has `stored` it; None was never stored."""
-    before, now = (plain(each) for each in (kind_of(dataset, stored) if stored is not None else kind, kind))
-    changed = [name for name in now if before[name] != now[name]]
-    if changed:
-        raise ValueError(f"{dataset} is not as it was when the run began ({changed[0]}: {before[changed[0]]} then, "
-                         f"{now[changed[0]]} now); --force goes on with it as it is")
+def refuse_changed(dataset, stored, found):
+    """ValueError where a folder of pictures is no longer what a run began with.
+
+    stored, of the checkpoint, and found: (kind, `sha256_of` the images and labels); None was never stored.
+    """
+    before, now = (plain(each) for each in (kind_of(dataset, stored[0]) if stored[0] is not None else found[0],
+                                            found[0]))
+    name = next((name for name in now if before[name] != now[name]), None)
+    if name is not None:
+        change = f" ({name}: {before[name]} then, {now[name]} now)"
+    elif None not in (stored[1], found[1]) and stored[1] != found[1]:
+        change = ": other pictures, or the same under other names or classes, which also puts others into validation"
+    else:
+        return
+    raise ValueError(f"{dataset} is not as it was when the run began{change}; --force goes on with it as it is")
 
 
 def sha256_of(data):
@@ -124,13 +132,6 @@ def sha256_of(data):
     for array in data:
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
-
-
-def refuse_exchanged(dataset, stored, now):
-    """ValueError where a folder's pictures are not those that a run began with, by `sha256_of`; None: not known."""
-    if None not in (stored, now) and stored != now:
-        raise ValueError(f"{dataset} is not as it was when the run began: other pictures, or the same under other "
-                         "names or classes, which also puts others into validation; --force goes on with it as it is")
 
 
 # ---- from files to arrays

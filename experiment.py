@@ -27,10 +27,11 @@ import filter_pruning
 import networks
 import pruning
 import quantization
-from engine import board, checkpoint, commandline, compiling, folders, parallel, run_files, schedules, small_images
+from engine import board, checkpoint, commandline, compiling, files, folders, parallel, run_files, schedules
 from engine.averages import average_pairs
 from engine.endings import enough_memory, resumable
 from engine.settings import alone, check, defaults_of, flag_of, idle, only, to_resume
+from engine.small_images import use_products
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
 from set_optimizer_train import make_optimizer, moved_by_muon
 from set_pruning_train import as_joined, check_position, check_pruning, join_rounds, never_reduces, start_search
@@ -175,15 +176,13 @@ def prepare(settings, state):
     settings["out"] = str(out)
     filter_pruning.check_files(settings, out, state is None)
     architecture, kind = architecture_of(settings), cifar10.kind_of(settings["dataset"])
-    if state is not None and not settings["force"]:
-        cifar10.refuse_changed(settings["dataset"], state.get("kind"), kind)
     device = parallel.own_device(commandline.pick_device(settings["device"]), settings["device"])
     folders.refuse_other_kind(out, device, state)
     with parallel.leader_first():
         data = cifar10.load(settings["dataset"], settings["data"])
     if parallel.leads() and state is not None and not settings["dry_run"]:
         cifar10.check_folder(out)
-        checkpoint.remove_partial(out)
+        files.remove_partial(out)
     torch.manual_seed(settings["seed"])
     generator = torch.Generator(device).manual_seed(settings["seed"])
     train, validation, calibration = make_batches(data, kind, settings, device, generator)
@@ -203,7 +202,8 @@ def prepare(settings, state):
     run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, kind=kind,
               forward=model, pictures_sha256=None if settings["dataset"] in cifar10.KINDS else cifar10.sha256_of(data))
     if state is not None and not settings["force"]:
-        cifar10.refuse_exchanged(settings["dataset"], state.get("pictures"), run.pictures_sha256)
+        cifar10.refuse_changed(settings["dataset"], (state.get("kind"), state.get("pictures")),
+                               (kind, run.pictures_sha256))
     if settings["recipe"] != "published":       # which trains on a CPU as it did
         run.layout = torch.channels_last
     if device.type != "cpu" or settings["recipe"] != "published":
@@ -212,7 +212,7 @@ def prepare(settings, state):
     if settings["teacher"]:
         run.teacher = load_teacher(settings["teacher"], settings["dataset"], kind, device, settings["force"]).to(
             memory_format=run.layout)
-        run.teacher_sha256 = checkpoint.sha256_of(settings["teacher"])
+        run.teacher_sha256 = files.sha256_of(settings["teacher"])
         began = (state or {}).get("teacher")              # a run may be older than that
         if began not in (None, run.teacher_sha256) and not settings["force"]:
             raise ValueError(f"the teacher in {settings['teacher']} is not the one that the run in {out} began with; "
@@ -239,7 +239,7 @@ def lay_out(run):
     """
     for model in (run.model, run.average):
         if model is not None:
-            small_images.use_products(compiling.lay_out(model, run.layout, run.form or "grouped"))
+            use_products(compiling.lay_out(model, run.layout, run.form or "grouped"))
     look_up(run)
 
 
@@ -387,7 +387,7 @@ def save(run):
     writer = csv.DictWriter(table, dict.fromkeys(name for row in run.history for name in row))
     writer.writeheader()
     writer.writerows(run.history)
-    checkpoint.write(run.out / "history.csv", table.getvalue().encode())
+    files.write(run.out / "history.csv", table.getvalue().encode())
     checkpoint.save(run.out / "last.pt", state_of(run), run.out / "previous.pt")
     if run.settings["tensorboard"]:
         run.board = run.board or board.opened(run.out / "tensorboard", len(run.history))

@@ -21,7 +21,7 @@ import torch
 import cifar10
 import quantization
 from deploy import integer_inference, onnx_files
-from engine import checkpoint, commandline, packing, shrinking, tensor_files
+from engine import checkpoint, commandline, files, packing, shrinking, tensor_files
 from networks import data_of, load_network
 from train import find_checkpoint
 
@@ -53,7 +53,7 @@ def export(model, state, target, data=None):
         integer_inference.save_packed(target, model, {name: network[name] for name in network if name != "weights"})
     elif ending == ".safetensors":
         expected = network["weights"]
-        checkpoint.write(target, tensor_files.to_bytes(network, checkpoint.FORMAT))
+        files.write(target, tensor_files.to_bytes(network, checkpoint.FORMAT))
     else:
         eight_bits = ending in EIGHT_BITS
         expected = (packing.to_eight_bits if eight_bits else packing.to_half)(network["weights"])
@@ -73,7 +73,7 @@ def write_onnx(model, ending, target, kind, about, data):
         elif ending == ".w8.onnx":
             onnx_files.store_in_eight_bits(plain, target)
         else:
-            checkpoint.write(target, plain.read_bytes())
+            files.write(target, plain.read_bytes())
 
 
 def ending_of(target):

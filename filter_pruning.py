@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint, folders, run_files, shrinking
+from engine import checkpoint, files, folders, run_files, shrinking
 from engine.settings import Setting, check_value, defaults_of, only
 from engine.shrinking import (  # noqa: F401  (published together)
     made_weights,
@@ -172,7 +172,7 @@ SPELLINGS = {"pruning_standart_deviation_part": "pruning_standard_deviation_part
 def read_given(config):
     """The settings in a dictionary or a JSON file, those alone, under their right names; ValueError for a wrong one."""
     try:
-        given = config if isinstance(config, dict) else checkpoint.parse_json(Path(config).read_text())
+        given = config if isinstance(config, dict) else files.parse_json(Path(config).read_text())
         named = {SPELLINGS.get(name, name): value for name, value in given.items()}
     except (ValueError, AttributeError) as problem:
         raise ValueError(f"{config} is no JSON object of settings: {problem}") from None
@@ -237,7 +237,7 @@ class Pruner:
             (save or self.save)(model)
             begun = time.perf_counter()
             if plots:
-                with checkpoint.noted():
+                with files.noted():
                     draw_norms(Path(plots) / f"norms-{len(self.history)}.png", self.norms(model), self.settings)
             if not self.step(model, **companions):
                 break
@@ -319,7 +319,7 @@ def draw_norms(path, norms, settings):
     axes.set_xticks(range(len(norms)), norms, rotation=60, ha="right", fontsize=8)
     axes.set(ylabel="L1 norm of a filter")
     axes.legend()
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)
 
 
 def draw_cycle(path, history):
@@ -334,4 +334,4 @@ def draw_cycle(path, history):
     axes.set(xlabel="step", ylabel="relative to the first value", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine import checkpoint
+from engine import files
 from engine.settings import Setting
 from engine.widths import layer_like, widths_of
 from resnet_factorized import initialise
@@ -303,7 +303,7 @@ def is_width(width):
 
 def write_structure(path, structure):
     """Write {space: width} as JSON."""
-    checkpoint.write(Path(path), (json.dumps(structure, indent=1) + "\n").encode())
+    files.write(Path(path), (json.dumps(structure, indent=1) + "\n").encode())
 
 
 def read_structure(path):
@@ -312,7 +312,7 @@ def read_structure(path):
     if not path.is_file():
         raise FileNotFoundError(f"there is no structure at {path}")
     try:
-        structure = checkpoint.parse_json(path.read_bytes())
+        structure = files.parse_json(path.read_bytes())
     except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path} is no JSON: {problem}") from None
     if not isinstance(structure, dict) or not structure:
@@ -404,4 +404,4 @@ def draw_widths(path, before, after):
     axes.set_xlabel("channels")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)

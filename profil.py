@@ -30,7 +30,7 @@ from torch import nn
 import cifar10
 import quantization
 from deploy import integer_inference
-from engine import checkpoint, commandline, run_files
+from engine import checkpoint, commandline, files, run_files
 from networks import architecture_of, build, check_batch, data_of, image_shape, load_network
 from train import DEFAULTS, find_checkpoint
 
@@ -236,7 +236,7 @@ def write_rows(path, rows):
     writer = csv.DictWriter(table, names, extrasaction="ignore")
     writer.writeheader()
     writer.writerows({**row, "output": "x".join(map(str, row["output"]))} for row in rows)
-    checkpoint.write(path, table.getvalue().encode())
+    files.write(path, table.getvalue().encode())
 
 
 def parse(argv):
@@ -300,12 +300,12 @@ def main(argv):
         print(f"network: {f'{arguments.model}, ' if arguments.model else ''}{source}")
         print_table(rows, totals)
     if not arguments.model and set(arguments.bits) == {16} and run_files.is_result(source):
-        with checkpoint.noted():
+        with files.noted():
             names = ("name", "weights", "zero_weights")
             layers = [{name: row[name] for name in names} for row in rows if row["weights"]]
-            checkpoint.merge_json(Path(source).parent / "report.json", {"profile": {
+            files.merge_json(Path(source).parent / "report.json", {"profile": {
                 **totals, "layers": layers, "epochs": state.get("epochs"), "checkpoint": str(source),
-                "sha256": checkpoint.sha256_of(source)}})
+                "sha256": files.sha256_of(source)}})
     if arguments.csv:
         write_rows(arguments.csv, rows)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 import cifar10
-from engine import checkpoint, commandline, run_files, run_plots, tables
+from engine import commandline, files, run_files, run_plots, tables
 from engine.settings import names_of
 from train import DEFAULTS, RECIPES, SETTINGS
 
@@ -231,8 +231,8 @@ def same_run(one, other):
 def check_kept(runs, out):
     """ValueError where the copy of a run, out/<run>/, would overwrite that of another run of the same name."""
     for run in runs:
-        files = [out / run["run"] / name for name in ("config.json", "history.csv")]
-        if all(path.exists() for path in files) and not same_run(run, read_run(out / run["run"])):
+        copied = [out / run["run"] / name for name in ("config.json", "history.csv")]
+        if all(path.exists() for path in copied) and not same_run(run, read_run(out / run["run"])):
             raise ValueError(f"{out / run['run']} holds a copy of another run than {run['folder']}; rename the folder "
                              "of one of them, or choose another --out")
 
@@ -244,8 +244,8 @@ def draw_beside(run, out):
         if name == "curves.png" or run["layers"]:
             draw(target / name, run)
             if target.resolve() != run["folder"].resolve():
-                with checkpoint.noted():
-                    checkpoint.write(run["folder"] / name, (target / name).read_bytes())
+                with files.noted():
+                    files.write(run["folder"] / name, (target / name).read_bytes())
 
 
 def keep(run, out):
@@ -254,17 +254,17 @@ def keep(run, out):
     if target.resolve() == run["folder"].resolve():
         return
     target.mkdir(parents=True, exist_ok=True)
-    config = checkpoint.read_json(run["folder"] / "config.json")
+    config = files.read_json(run["folder"] / "config.json")
     config.pop("source", None)
     config["settings"] = {name: value for name, value in config["settings"].items()
                           if name not in ("out", "data", "debug", "dry_run", "resume", "force")}
-    checkpoint.write(target / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+    files.write(target / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     for name in ("history.csv", "report.json", "confusion.png"):
         if (run["folder"] / name).exists():
-            checkpoint.write(target / name, (run["folder"] / name).read_bytes())
+            files.write(target / name, (run["folder"] / name).read_bytes())
     outdated = run_files.outdated(run["folder"])
     if outdated:                          # beside the copy there is no network by which that would show
-        checkpoint.merge_json(target / "report.json", dict.fromkeys(outdated, {}))
+        files.merge_json(target / "report.json", dict.fromkeys(outdated, {}))
 
 
 def find_runs():
@@ -306,15 +306,15 @@ def main(argv):
     cifar10.check_folder(out)
     table, from_nothing = table_of(one_a_seed(runs)), [run for run in runs if not run["continued"]]
     print(markdown_of(table))
-    checkpoint.write(out / "table.md", markdown_of(table).encode())
-    checkpoint.write(out / "table.csv", table.to_csv(index=False).encode())
-    checkpoint.write(out / "time.csv", times_of(from_nothing, arguments.level).to_csv(index=False).encode())
+    files.write(out / "table.md", markdown_of(table).encode())
+    files.write(out / "table.csv", table.to_csv(index=False).encode())
+    files.write(out / "time.csv", times_of(from_nothing, arguments.level).to_csv(index=False).encode())
     for run in runs:
-        with checkpoint.noted():
+        with files.noted():
             keep(run, out)
             draw_beside(run, out)
     for name, what in (("size", table), ("time", from_nothing), ("operations", from_nothing)):
-        with checkpoint.noted():
+        with files.noted():
             getattr(run_plots, f"draw_accuracy_{name}")(out / f"accuracy_{name}.png", what)
     print(f"written: {out}/table.md, table.csv, time.csv, accuracy_size.png, accuracy_time.png, "
           "accuracy_operations.png, and curves and layers by run")

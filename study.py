@@ -32,7 +32,7 @@ import torch
 
 import cifar10
 import networks
-from engine import checkpoint, commandline, folders, run_files, tables
+from engine import commandline, files, folders, run_files, tables
 from engine.commandline import call
 from studies.study_file import check_out, check_runs, check_seeds, folder_of, read_study, write_record
 
@@ -66,7 +66,7 @@ def measure_arm(folder, data):
     """
     few, model = "bits" in run_files.read_config(folder)["architecture"], folder / "model.pt"
     exported, measured = folder / ("exported.packed.gz" if few else "exported.pt.gz"), folder / "exported.json"
-    kept, sha256 = kept_of(measured, model), checkpoint.sha256_of(model)
+    kept, sha256 = kept_of(measured, model), files.sha256_of(model)
     if kept is None or kept.pop("sha256", sha256) != sha256:
         call(["export.py", "--checkpoint", str(model), "--out", str(exported), "--no-compare"])
         test = json.loads(call(["test.py", "--checkpoint", str(exported), "--data", data, "--json"]))
@@ -74,7 +74,7 @@ def measure_arm(folder, data):
         kept = {"test_accuracy": test["accuracy"], "test_images": test["images"], "precision": test["precision"],
                 "test_seconds": test["seconds"],
                 "bytes": exported.stat().st_size} | {name: profile[name] for name in MEASURED}
-        checkpoint.write(measured, json.dumps({**kept, "sha256": sha256}, indent=1).encode())
+        files.write(measured, json.dumps({**kept, "sha256": sha256}, indent=1).encode())
     return kept
 
 
@@ -85,7 +85,7 @@ def kept_of(measured, model):
     """
     if not measured.exists():
         return None
-    kept = checkpoint.read_json(measured)
+    kept = files.read_json(measured)
     for name in ("test_accuracy", "bytes", "test_seconds", *MEASURED):
         run_files.check(measured, kept, name, float, optional=True)
     old = "sha256" not in kept and model.stat().st_mtime_ns > measured.stat().st_mtime_ns
@@ -97,7 +97,7 @@ def keep_files(arm, folder, out):
     absent = [name for name in arm["keep"] if not (folder / name).is_file()]
     for name, kept in arm["keep"].items():
         if name not in absent:
-            checkpoint.write(out / kept, (folder / name).read_bytes())
+            files.write(out / kept, (folder / name).read_bytes())
     if absent:
         raise FileNotFoundError(f"{folder} has no {', '.join(absent)} to keep")
 
@@ -223,7 +223,7 @@ def draw_accuracy(path, table, title):
     axes.set(xlabel="validation accuracy (%)")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)
     plt.close(figure)
 
 
@@ -250,7 +250,7 @@ def write_influence(out, runs, factors):
     runs = runs.assign(error=100 - runs["validation_accuracy"],
                        removed=100 * (1 - runs["nonzero"] / runs["parameters_at_first"]))
     table = pd.DataFrame({target: influence_of(runs, factors, target) for target in ("error", "removed")})
-    checkpoint.write(out / "influence.csv", table.to_csv(index_label="term", float_format="%.5g").encode())
+    files.write(out / "influence.csv", table.to_csv(index_label="term", float_format="%.5g").encode())
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     for axes, (target, values) in zip(figure.subplots(1, 2, sharey=True), table.iloc[1:].items(), strict=True):
         bars = axes.barh(list(values.index), values, color=["tab:blue" if v > 0 else "tab:orange" for v in values])
@@ -260,7 +260,7 @@ def write_influence(out, runs, factors):
         axes.set_title(f"{target}: mean {table[target].iloc[0]:.3g} %", fontsize=10)
         axes.set_xlabel("% from the middle of a factor to its end")
     figure.axes[0].invert_yaxis()
-    checkpoint.save_figure(out / "influence.png", figure)
+    files.save_figure(out / "influence.png", figure)
 
 
 def write_results(out, study, rows):
@@ -268,11 +268,11 @@ def write_results(out, study, rows):
     import pandas as pd
     runs = pd.DataFrame(rows)
     table = table_of(runs)
-    checkpoint.write(out / "runs.csv", runs.to_csv(index=False).encode())
-    checkpoint.write(out / "table.csv", table.to_csv(index=False, float_format="%.10g").encode())
-    checkpoint.write(out / "table.md", markdown_of(table).encode())
+    files.write(out / "runs.csv", runs.to_csv(index=False).encode())
+    files.write(out / "table.csv", table.to_csv(index=False, float_format="%.10g").encode())
+    files.write(out / "table.md", markdown_of(table).encode())
     measured = runs.dropna(subset=["validation_accuracy"]) if "validation_accuracy" in runs else runs[:0]
-    with checkpoint.noted():
+    with files.noted():
         if len(measured):
             draw_accuracy(out / "accuracy.png", table, study["title"])
         if "factors" in study and set(measured.get("arm", ())) == {arm["name"] for arm in study["arms"]}:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import cifar10
 import quantization
 from deploy import integer_inference
-from engine import checkpoint, commandline, compiling, packing, run_files
+from engine import checkpoint, commandline, compiling, files, packing, run_files
 from networks import data_of, load_network
 from train import find_checkpoint, predict
 
@@ -61,7 +61,7 @@ def bytes_of(path, model, network):
     structure = {name: network[name] for name in ("architecture", "widths", "dataset", "kind") if name in network}
     sizes = sizes_of({**structure, "weights": network["weights"]})
     if quantization.bits_of(model):
-        with checkpoint.noted():          # sums beyond what integers hold: the accuracy counts
+        with files.noted():          # sums beyond what integers hold: the accuracy counts
             sizes["packed"] = len(integer_inference.packed_bytes(model.cpu(), structure))
     return sizes if str(path).endswith(".pt") else {"file": os.path.getsize(path), **sizes}
 
@@ -71,7 +71,7 @@ def sizes_of(network):
     singles = {name: tensor.float() if tensor.is_floating_point() else tensor
                for name, tensor in network["weights"].items()}
     sizes = {"float32": len(checkpoint.bytes_of({**network, "weights": singles}))}
-    with checkpoint.noted():              # a weight beyond what half precision holds: the other sizes count
+    with files.noted():              # a weight beyond what half precision holds: the other sizes count
         halves = packing.to_half(network["weights"])
         sizes |= {"half": len(checkpoint.bytes_of({**network, "weights": halves})),
                   "compressed": len(checkpoint.compact_bytes(network))}
@@ -99,7 +99,7 @@ def draw_confusion(path, result):
                 if matrix[row, column]:
                     axes.text(column, row, f"{int(matrix[row, column])}", ha="center", va="center", fontsize=8,
                               color="white" if share[row, column] > 50 else "black")
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)
     plt.close(figure)
 
 
@@ -154,12 +154,12 @@ def main(argv):
     of_run = run_files.is_result(path) and dataset == network["dataset"] and not arguments.limit
     picture = arguments.picture or (path.parent / "confusion.png" if of_run else None)
     if picture:
-        with checkpoint.noted():
+        with files.noted():
             draw_confusion(picture, result)
     if of_run:
-        with checkpoint.noted():
-            measured = {**result, "epochs": network.get("epochs"), "sha256": checkpoint.sha256_of(path)}
-            checkpoint.merge_json(path.parent / "report.json", {"test": measured})
+        with files.noted():
+            measured = {**result, "epochs": network.get("epochs"), "sha256": files.sha256_of(path)}
+            files.merge_json(path.parent / "report.json", {"test": measured})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import cifar10
 import experiment
 import pruning
 import set_pruning_train
-from engine import checkpoint, commandline, compiling, operations, parallel
+from engine import checkpoint, commandline, compiling, files, operations, parallel
 from engine.averages import update_average
 from engine.endings import enough_memory, resumable
 from engine.finite import count_finite, refuse_counted, refuse_nonfinite, refuse_nonfinite_state
@@ -189,7 +189,7 @@ def run_epoch(run, bar):
            "pflop": run.pflop if run.pflop is None else round(run.pflop, 9),
            "images_per_second": round(len(run.train) * run.settings["batch_size"] / trained, 1),
            "seconds": round(time.perf_counter() - begun, 1)}
-    with checkpoint.uninterrupted():      # what is counted as done is on disk
+    with files.uninterrupted():      # what is counted as done is on disk
         run.epoch += 1
         run.history.append(row)
         save(run)

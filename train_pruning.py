@@ -13,7 +13,7 @@ import morphnet
 import pruning
 import set_pruning_train
 import train
-from engine import checkpoint, commandline, parallel
+from engine import commandline, files, parallel
 from engine.endings import resumable
 from engine.settings import with_defaults
 from experiment import finish, start
@@ -109,7 +109,7 @@ def morph(run):
     before = {space["name"]: len(run.model.get_submodule(space["makers"][0]).weight)
               for space in morphnet.spaces_of(run.model)}
     morphnet.write_structure(run.out / f"structure-{run.round + 1}.json", wide)
-    with checkpoint.noted():
+    with files.noted():
         morphnet.draw_widths(run.out / f"widths-{run.round + 1}.png", before, wide)
     # drawn on the CPU, whose generator every checkpoint holds
     morphnet.rebuild(run.model.cpu(), wide).to(run.device)
@@ -141,7 +141,7 @@ def l1_cycle(run):
     if run.round == 0 or run.history[-1]["validation_loss"] <= settings["stop_loss"]:
         pruner.prune(run.model, finetune, lambda model: run.history[-1]["validation_loss"], lambda model: finish(run),
                      run.out, masks=run.masks)
-    with checkpoint.noted():
+    with files.noted():
         filter_pruning.draw_cycle(run.out / "cycle.png", steps_of(run))
     print(f"{run.round} steps, limit {settings['stop_loss']:.4f}: {run.out}/model.pt is the last within it, "
           "cycle.png and norms-*.png show the way", flush=True)

@@ -25,7 +25,7 @@ import pruning
 import set_pruning_train
 import train
 import train_pruning
-from engine import checkpoint, commandline, compiling, run_files
+from engine import checkpoint, commandline, compiling, files, run_files
 
 COMMON = "--dataset digits --limit 192 --batch-size 64 --epochs 1 1 --compile off"
 PRUNED = "--sparsity 0.5"
@@ -184,7 +184,7 @@ def main(argv):
     print(f"{commandline.device_name(device)}, torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        checkpoint.write(folder / "cycle.json", json.dumps(CYCLE).encode())
+        files.write(folder / "cycle.json", json.dumps(CYCLE).encode())
         for name in names:
             rows.append(check_technique(name, folder, device))
             print(f"{name}: {rows[-1].get('failed', 'runs')}", flush=True)
@@ -197,7 +197,7 @@ def main(argv):
     print_techniques(rows)
     print_convolutions(convolutions)
     if arguments.json:
-        checkpoint.write(Path(arguments.json), (json.dumps({
+        files.write(Path(arguments.json), (json.dumps({
             "device": commandline.device_name(device), "torch": torch.__version__, "techniques": rows,
             "convolutions": convolutions}, indent=1) + "\n").encode())
     failed = [row for row in rows if "failed" in row]

@@ -20,7 +20,7 @@ import torch
 import cifar10
 import networks
 from deploy import onnx_files
-from engine import checkpoint, commandline, compiling, run_files
+from engine import checkpoint, commandline, compiling, files, run_files
 from engine.commandline import call
 from networks import load_network
 
@@ -179,7 +179,7 @@ def draw(path, rows):
     axes.set(xscale="log", xlabel="milliseconds, one image", ylabel="test accuracy (%)")
     axes.grid(alpha=0.4)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)
 
 
 def parse(argv):
@@ -225,9 +225,9 @@ def main(argv):
         target, device = Path(arguments.json), commandline.device_name(torch.device("cpu"))
         content = {"device": device, "torch": torch.__version__, "repeats": arguments.repeats,
                    "checkpoints": {name: str(path) for name, path in given.items()}, "rows": rows}
-        with checkpoint.noted():
-            checkpoint.write(target.with_suffix(".md"), markdown_of(rows).encode())
-        with checkpoint.noted():
+        with files.noted():
+            files.write(target.with_suffix(".md"), markdown_of(rows).encode())
+        with files.noted():
             draw(target.with_suffix(".png"), rows)
-        checkpoint.write(target, (json.dumps(content, indent=1) + "\n").encode())
+        files.write(target, (json.dumps(content, indent=1) + "\n").encode())
 

@@ -15,7 +15,7 @@ import torch
 
 import networks
 from deploy import onnx_files
-from engine import checkpoint, commandline, compiling, run_files
+from engine import commandline, compiling, files, run_files
 
 NETWORKS = {      # for 32x32 images in three channels, freshly initialised: speed does not depend on the weights
     "ResNet-18 dense": {"name": "resnet18", "groups": 1, "shuffle": False},
@@ -135,7 +135,7 @@ def draw_inference(path, rows):
         axes.grid(axis="x", alpha=0.4)
     figure.axes[0].invert_yaxis()
     figure.axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)
 
 
 def parse(argv):
@@ -165,8 +165,8 @@ def main(argv):
     if arguments.json:
         path, content = Path(arguments.json), {"device": where, "torch": torch.__version__,
                                                "repeats": arguments.repeats, "rows": rows}
-        with checkpoint.noted():
-            checkpoint.write(path.with_suffix(".md"), markdown_of(rows).encode())
-        with checkpoint.noted():
+        with files.noted():
+            files.write(path.with_suffix(".md"), markdown_of(rows).encode())
+        with files.noted():
             draw_inference(path.with_suffix(".png"), rows)
-        checkpoint.write(path, (json.dumps(content, indent=1) + "\n").encode())
+        files.write(path, (json.dumps(content, indent=1) + "\n").encode())

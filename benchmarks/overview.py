@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import cifar10
-from engine import checkpoint, commandline, tables
+from engine import commandline, files, tables
 from engine.commandline import call
 from profil import DENSE_MACS, DENSE_PARAMETERS
 
@@ -92,7 +92,7 @@ def draw(path, rows):
     axes.plot([], [], "o", color="tab:blue", label="ours")
     axes.plot([], [], "x", color="gray", label="cited")
     axes.legend(loc="lower right", fontsize=8)
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)
 
 
 def parse(argv):
@@ -108,11 +108,11 @@ def parse(argv):
 def main(argv):
     """Measure, print, write."""
     arguments = parse(argv)
-    numbers, named = Path(arguments.out) / "overview.json", checkpoint.read_json(NAMED)
+    numbers, named = Path(arguments.out) / "overview.json", files.read_json(NAMED)
     if arguments.draw and not numbers.exists():
         raise FileNotFoundError(f"there are no numbers at {numbers}; leave out --draw, and they will be measured")
     cifar10.check_folder(numbers.parent)          # before minutes of measuring
-    ours = checkpoint.read_json(numbers).get("ours") if arguments.draw else [
+    ours = files.read_json(numbers).get("ours") if arguments.draw else [
         measure(network, arguments.data) for network in named["ours"]]
     try:
         rows = [*ours, *map(completed, named["cited"])]
@@ -122,9 +122,9 @@ def main(argv):
                          "and they will be measured") from None
     print(markdown_of(rows))
     if not arguments.draw:
-        checkpoint.write(numbers, (json.dumps({"ours": ours}, indent=1) + "\n").encode())
-    checkpoint.write(numbers.with_suffix(".md"), markdown_of(rows).encode())
+        files.write(numbers, (json.dumps({"ours": ours}, indent=1) + "\n").encode())
+    files.write(numbers.with_suffix(".md"), markdown_of(rows).encode())
     short = [row for row in rows if not row.get("aside")]
-    checkpoint.write(numbers.with_name("overview_short.md"), markdown_of(short).encode())
+    files.write(numbers.with_name("overview_short.md"), markdown_of(short).encode())
     draw(numbers.with_suffix(".png"), rows)
     tables.update(arguments.out)

@@ -20,7 +20,7 @@ import cifar10
 import profil
 import train
 from benchmarks import training
-from engine import checkpoint, commandline, compiling, run_files
+from engine import commandline, compiling, files, run_files
 
 KINDS = {         # the first pattern that a kernel's name has
     "batch norm, activations, additions": r"cpp_fused|triton_|batch_norm|relu|clamp_min|threshold_backward",
@@ -149,5 +149,5 @@ def main(argv):
                **summary_of(run, seconds, kernels, arguments.steps * run.settings["batch_size"], macs)}
     print_summary(summary)
     if arguments.json:
-        checkpoint.write(Path(arguments.json), (json.dumps(summary, indent=1) + "\n").encode())
+        files.write(Path(arguments.json), (json.dumps(summary, indent=1) + "\n").encode())
 

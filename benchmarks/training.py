@@ -17,7 +17,7 @@ import torch
 import cifar10
 import experiment
 import train
-from engine import checkpoint, commandline, compiling, run_files
+from engine import commandline, compiling, files, run_files
 
 
 def make_run(changes, arguments):
@@ -180,4 +180,4 @@ def main(argv):
     if arguments.json:
         content = {"device": where, "torch": torch.__version__, "repeats": arguments.repeats,
                    "dataset": arguments.dataset, "images": arguments.images, "ratios": ratios_of(rows), "loops": rows}
-        checkpoint.write(Path(arguments.json), (json.dumps(content, indent=1) + "\n").encode())
+        files.write(Path(arguments.json), (json.dumps(content, indent=1) + "\n").encode())

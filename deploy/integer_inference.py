@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from engine import checkpoint, packing
+from engine import checkpoint, files, packing
 from engine.widths import resize
 
 FLOATS = "a packed file holds a network of few bits, this one has floats; --weights lsq trains one"
@@ -142,7 +142,7 @@ def packed_bytes(model, network):
 
 def save_packed(path, model, network):
     """Write a quantized network to `path`, whole or not at all; see `packed`."""
-    checkpoint.write(path, packed_bytes(model, network))
+    files.write(path, packed_bytes(model, network))
 
 
 # ---- from a file to a network that computes with integers

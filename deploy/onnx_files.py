@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint, compiling, packing
+from engine import compiling, files, packing
 
 
 def write_onnx(model, path, shape, about=None):
@@ -37,7 +37,7 @@ def write_onnx(model, path, shape, about=None):
                               output_names=["logits"], dynamic_axes=axes, opset_version=17)
         finally:
             model.train(was_training)
-        checkpoint.write(path, with_metadata(target, {"network": json.dumps(about)} if about else {}))
+        files.write(path, with_metadata(target, {"network": json.dumps(about)} if about else {}))
 
 
 def with_metadata(path, texts):
@@ -125,7 +125,7 @@ def quantize_onnx(path, out, batches):
         prepared, target = os.path.join(folder, "prepared.onnx"), os.path.join(folder, "int8.onnx")
         quantization.quant_pre_process(str(path), prepared)
         quantization.quantize_static(prepared, target, Reader(), per_channel=True, reduce_range=sums_overflow())
-        checkpoint.write(out, with_metadata(target, metadata_of(path)))
+        files.write(out, with_metadata(target, metadata_of(path)))
 
 
 def sums_overflow():
@@ -159,7 +159,7 @@ def store_in_eight_bits(path, out):
     others = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *others])
-    checkpoint.write(out, network.SerializeToString())
+    files.write(out, network.SerializeToString())
 
 
 @contextlib.contextmanager

@@ -8,22 +8,16 @@ A file is one dictionary of plain types and tensors. `packing.compact` packs a n
 for shipping: half precision, zeros as one bit each, the whole compressed.
 """
 import gzip
-import hashlib
 import io
-import json
-import os
 import shlex
-import signal
 import sys
-import threading
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from engine import packing, tensor_files
+from engine import files, packing, tensor_files
 from engine.widths import resize, widths_of
 
 FORMAT = 1
@@ -33,13 +27,8 @@ LARGEST = 2**31      # bytes that a compressed file may expand to
 # ---- writing
 
 def save(path, state, previous=None):
-    """Write `state` to `path`, whole or not at all; the file that was there moves to `previous`.
-
-    A temporary file in the same folder is written, flushed, synced, read back and
-    renamed; then the folder is synced. Ctrl-C waits until that is done. Raises
-    RuntimeError with the bytes needed where the disk is full; the old file stays.
-    """
-    write(path, bytes_of(state), previous)
+    """Write `state` to `path`, whole or not at all; the file that was there moves to `previous`; see `files.write`."""
+    files.write(path, bytes_of(state), previous)
 
 
 def bytes_of(state):
@@ -47,125 +36,6 @@ def bytes_of(state):
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     return buffer.getvalue()
-
-
-def save_figure(path, figure):
-    """Draw a matplotlib figure into an image file, whole or not at all; its ending says which kind (none: PNG)."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix[1:] or "png", dpi=120)
-    write(path, buffer.getvalue())
-
-
-def write(path, content, previous=None):
-    """Write bytes durably; see `save`."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with uninterrupted():
-        try:
-            with alone(partial):
-                write_synced(partial, content)
-                if previous and path.exists():
-                    replace_by_link(path, Path(previous))
-                os.replace(partial, path)
-                sync_folder(path.parent)
-        except OSError as problem:
-            with suppress(OSError):       # there may be no such folder
-                partial.unlink(missing_ok=True)
-            kept = f"; the previous {path.name} is intact" if path.exists() else ""
-            raise RuntimeError(f"{path} could not be written ({problem.strerror or problem}): "
-                          f"{len(content):,} bytes are needed{kept}") from None
-
-
-@contextmanager
-def alone(path):
-    """A block that writes `path`, and may rename it, while no other process does; a second one waits its turn."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = None
-    while handle is None:
-        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-        with suppress(OSError):           # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            renamed = not os.path.samestat(os.fstat(handle), os.stat(path))
-        except FileNotFoundError:
-            renamed = True
-        if renamed:                       # by the process that was waited for
-            os.close(handle)
-            handle = None
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def write_synced(path, content):
-    """Write, flush and sync a file, then read it back."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if zlib.crc32(path.read_bytes()) != zlib.crc32(content):
-        raise OSError(0, "what was read back differs from what was written")
-
-
-def replace_by_link(path, previous):
-    """Give the file at `path` the second name `previous`; at no moment is `path` absent."""
-    spare = previous.with_name(previous.name + ".partial")
-    spare.unlink(missing_ok=True)
-    try:
-        os.link(path, spare)
-    except OSError:                       # a file system without hard links
-        try:
-            write_synced(spare, path.read_bytes())
-        except OSError:
-            spare.unlink(missing_ok=True)
-            raise
-    os.replace(spare, previous)
-
-
-def sync_folder(folder):
-    """Make a rename survive a power cut, where the system lets a folder be opened."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextmanager
-def noted():
-    """A block that writes what stands beside a result: what cannot be written is a note on stderr, no error."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as problem:
-        print(f"note: {' '.join(str(problem).split())}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def uninterrupted():
-    """Hold Ctrl-C back until the block has ended, then let it through."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)       # to the handler that was there: it may ignore it
-
-
-def remove_partial(folder):
-    """Delete what a killed save left behind."""
-    for stale in Path(folder).glob("*.partial"):
-        stale.unlink()
 
 
 # ---- reading
@@ -281,61 +151,6 @@ def offer(path):
     return f"; the one before it is whole, go on from it with: {shlex.join(['cp', str(previous), str(path)])}"
 
 
-def read_json(path):
-    """The JSON object in a file; ValueError that names the file where it holds none."""
-    try:
-        held = parse_json(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{path} is damaged, it is no JSON: {problem}") from None
-    if not isinstance(held, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(held).__name__}, not a JSON object")
-    return held
-
-
-def parse_json(text):
-    """What a JSON text holds; ValueError also where an object names a part twice, of which one would be lost."""
-    def once(pairs):
-        names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-        if twice is not None:
-            raise ValueError(f"{twice[:40]!a} stands in it twice")
-        return dict(pairs)
-    return json.loads(text, object_pairs_hook=once)
-
-
-def sha256_of(path):
-    """The SHA-256 of a file, as text: what was measured on it holds for a file of the same."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def merge_json(path, values):
-    """Put `values` into the JSON object at `path`, in a run's folder, beside what it already holds.
-
-    Of two processes that do so at once, the second waits for the first.
-    """
-    path = Path(path)
-    with locked(path.with_name("config.json")):
-        held = read_json(path) if path.exists() else {}
-        write(path, (json.dumps(held | values, indent=1) + "\n").encode())
-
-
-@contextmanager
-def locked(path):
-    """A block that one process at a time is in; `path`: a file to lock for it, where the system has locks."""
-    try:
-        import fcntl
-        handle = os.open(path, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        with suppress(OSError):           # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 # ---- weights
 
 def weights_of(model):
@@ -377,7 +192,7 @@ def describe(tensor):
 
 def save_compact(path, network, eight_bits=False):
     """Write a network in half precision or 8 bits, zeros as one bit each, compressed; see `packing.compact`."""
-    write(path, compact_bytes(network, eight_bits))
+    files.write(path, compact_bytes(network, eight_bits))
 
 
 def compact_bytes(network, eight_bits=False):

@@ -175,12 +175,15 @@ def call(command, show=False):
 
     RuntimeError that names the script where it fails, with its error line where that was not shown.
     """
-    done = subprocess.run([sys.executable, str(Path(__file__).resolve().parents[1] / command[0]), *command[1:]],
-                          capture_output=not show, text=True)
-    if done.returncode:
-        error = "" if show else "; " + "".join(done.stderr.strip().splitlines()[-1:])
-        raise RuntimeError(f"python {shlex.join(command)} failed with exit code {done.returncode}{error}")
-    return done.stdout
+    program = [sys.executable, str(Path(__file__).resolve().parents[1] / command[0]), *command[1:]]
+    if show:
+        code, output, error = streams.run_shown(program), None, ""
+    else:
+        done = subprocess.run(program, capture_output=True, text=True)
+        code, output, error = done.returncode, done.stdout, "; " + "".join(done.stderr.strip().splitlines()[-1:])
+    if code:
+        raise RuntimeError(f"python {shlex.join(command)} failed with exit code {code}{error}")
+    return output
 
 
 def command(main):

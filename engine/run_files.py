@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import checkpoint, commandline, originals, parallel
+from engine import checkpoint, commandline, files, originals, parallel
 
 # name: its type; those of OPTIONAL may be absent or null
 SETTINGS = {"dataset": str, "mixing": str, "recipe": str, "seed": int, "sparsity": list}
@@ -68,17 +68,17 @@ def write_config(run, sources):
               "source": sources}
     path = run.out / "config.json"
     if run.made is None and path.exists():
-        with checkpoint.noted():              # all that counts is in last.pt
-            first = checkpoint.read_json(path)
+        with files.noted():              # all that counts is in last.pt
+            first = files.read_json(path)
             before = check(path, first, "resumed", list, optional=True) or []
             config |= {"started": first.get("started"), "resumed": [*before, config["started"]]}
-    checkpoint.write(path, json.dumps(config, indent=1).encode())
+    files.write(path, json.dumps(config, indent=1).encode())
 
 
 def read_config(folder):
     """The config.json of a run, a dictionary: settings, architecture, device and more."""
     path = Path(folder) / "config.json"
-    config = checkpoint.read_json(path)
+    config = files.read_json(path)
     for name, form in (("settings", dict), ("architecture", dict), ("device", str)):
         check(path, config, name, form)
     for name, form in SETTINGS.items():
@@ -125,7 +125,7 @@ def read_history(folder, columns=EPOCH):
 def read_report(folder):
     """The report.json of a run: test and profile, what test.py and profil.py put there, or {}."""
     path = Path(folder) / "report.json"
-    report = {"test": {}, "profile": {}} | (checkpoint.read_json(path) if path.exists() else {})
+    report = {"test": {}, "profile": {}} | (files.read_json(path) if path.exists() else {})
     for name, whose in outdated(folder).items():
         print(f"note: {path} has the {name} of {whose}; it is left out until that is measured again", file=sys.stderr,
               flush=True)
@@ -147,7 +147,7 @@ def read_report(folder):
 def outdated(folder):
     """{part: whose it is} of a run's report.json, of test and profile, what was measured on an earlier network."""
     path, history = Path(folder) / "report.json", Path(folder) / "history.csv"
-    report = {"test": {}, "profile": {}} | (checkpoint.read_json(path) if path.exists() else {})
+    report = {"test": {}, "profile": {}} | (files.read_json(path) if path.exists() else {})
     epochs = len(history.read_bytes().splitlines()) - 1 if history.is_file() else None
     found = {name: earlier(path, check(path, report, name, dict), epochs) for name in ("test", "profile")}
     return {name: whose for name, whose in found.items() if whose}
@@ -160,7 +160,7 @@ def earlier(path, measured, epochs):
     """
     named, sha256 = (check(path, measured, name, str, optional=True) for name in ("checkpoint", "sha256"))
     file, then = path.with_name(Path(named or "none").name or "none"), check(path, measured, "epochs", int, True)
-    if named and sha256 and file.is_file() and checkpoint.sha256_of(file) != sha256:
+    if named and sha256 and file.is_file() and files.sha256_of(file) != sha256:
         return f"a network that {named} does not hold any more"
     if then is not None and epochs is not None and then != epochs:
         return f"the network after {then} epochs, and the run has {epochs} by now"

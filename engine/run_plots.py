@@ -4,7 +4,7 @@ A run is the dictionary of report.read_run; every plot is a PNG at the path that
 """
 import math
 
-from engine import checkpoint
+from engine import files
 
 
 def figure_of(width, height, columns=1):
@@ -33,7 +33,7 @@ def draw_curves(path, run):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     right.set_title(f"{run['dataset']}, {run['network']}", fontsize=10)
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)
 
 
 def draw_layers(path, run):
@@ -49,7 +49,7 @@ def draw_layers(path, run):
     axes.set_xticks(places, layers["name"], rotation=60, ha="right", fontsize=8)
     axes.set(yscale="log", ylabel="weights", title=f"weights by layer and the share left: {run['run']}")
     axes.legend(loc="upper left")
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)
 
 
 def draw_accuracy_size(path, table):
@@ -72,7 +72,7 @@ def draw_accuracy_size(path, table):
                       ha="right", fontsize=8)
     if axes.collections:
         axes.legend(loc="lower right")
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)
 
 
 def draw_accuracy_time(path, runs):
@@ -98,4 +98,4 @@ def draw_progress(path, lines, label):
     axes.grid(alpha=0.4)
     if lines:
         axes.legend(fontsize=8)
-    checkpoint.save_figure(path, figure)
+    files.save_figure(path, figure)

@@ -5,7 +5,9 @@
     output.problem                        # None, or the OSError that ended it
 """
 import os
+import subprocess
 import sys
+import threading
 from contextlib import contextmanager, suppress
 
 
@@ -65,3 +67,33 @@ def guarded():
         for stream in streams:
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+def run_shown(command):
+    """Run a command and show what it prints. Returns its exit code.
+
+    A terminal becomes the command's own. Anything else is written by this process, so that a full or closed
+    stream is a problem of this process and not of the command's work.
+    """
+    shown = {"stdout": sys.stdout, "stderr": sys.stderr}
+    pipes = {name: None if stream is not None and stream.isatty() else subprocess.PIPE
+             for name, stream in shown.items()}
+    with subprocess.Popen(command, text=True, errors="backslashreplace", **pipes) as process:
+        relays = [threading.Thread(target=relay, args=(getattr(process, name), shown[name]))
+                  for name, pipe in pipes.items() if pipe is not None]
+        for each in relays:
+            each.start()
+        try:
+            return process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            for each in relays:
+                each.join()
+
+
+def relay(source, target):
+    """Print each line of `source` on `target` as it comes, to the end."""
+    for line in source:
+        print(line, end="", file=target, flush=True)

@@ -12,7 +12,7 @@ two columns of one title, the one to the right of the column named before is mea
 import re
 from pathlib import Path
 
-from engine import checkpoint
+from engine import files
 
 MARKED = re.compile(r"^<!-- table (\S+?)(?:: *([^\n]*?))? *-->\n(.*?)^<!-- (end|table .*?) -->$",
                     re.MULTILINE | re.DOTALL)
@@ -97,7 +97,7 @@ def write_pages(root="."):
             problems.append(f"{page}: {problem}")
             continue
         if after != before:
-            checkpoint.write(page, after.encode())
+            files.write(page, after.encode())
             changed.append(page)
     if problems:
         raise ValueError("; ".join(problems))
@@ -107,6 +107,6 @@ def write_pages(root="."):
 def update(out, root="."):
     """Fill the pages where `out` is below results/, from which they are; what cannot be filled is a note."""
     if Path(out).resolve().is_relative_to((Path(root) / "results").resolve()):
-        with checkpoint.noted():
+        with files.noted():
             for page in write_pages(root):
                 print(f"written: tables in {page}")

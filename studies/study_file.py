@@ -14,7 +14,7 @@ import experiment
 import networks
 import train
 import train_pruning
-from engine import checkpoint, commandline, run_files
+from engine import commandline, files, run_files
 from engine.settings import defaults_of, names_of
 
 PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
@@ -31,7 +31,7 @@ WRITTEN = {"runs.csv", "table.csv", "table.md", "accuracy.png", "influence.csv",
 def read_study(path):
     """The study in a JSON file; ValueError where a part is absent or of another form, or an arm's flags are refused."""
     try:
-        study = checkpoint.parse_json(Path(path).read_text(encoding="utf-8"))
+        study = files.parse_json(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path} is no JSON: {problem}") from None
     if not isinstance(study, dict):
@@ -226,7 +226,7 @@ def check_out(path, out):
     if (Path(out) / "time.csv").exists():
         raise ValueError(f"{out} holds the tables of report.py; choose another --out")
     record = Path(out) / "study.json"
-    other = checkpoint.read_json(record).get("study") if record.exists() else None
+    other = files.read_json(record).get("study") if record.exists() else None
     if isinstance(other, str) and Path(other).is_file() and not os.path.samefile(other, path):
         raise ValueError(f"{out} holds the table of {other}, not of {path}; rename one of the two, or choose another "
                          "--out")
@@ -236,4 +236,4 @@ def write_record(path, out):
     """Write down, beside the table, which study file it is of; its path from the current folder where it is below."""
     path, here = Path(path).resolve(), Path.cwd().resolve()
     named = path.relative_to(here) if path.is_relative_to(here) else path
-    checkpoint.write(Path(out) / "study.json", (json.dumps({"study": named.as_posix()}) + "\n").encode())
+    files.write(Path(out) / "study.json", (json.dumps({"study": named.as_posix()}) + "\n").encode())

@@ -11,7 +11,7 @@ from sample_runs import EPOCHS, ROUNDS, folder_after, resume, same
 import experiment
 import train
 import train_pruning
-from engine import checkpoint, commandline
+from engine import checkpoint, commandline, files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,7 +99,7 @@ def test_second_ctrl_c_after_one_during_a_save(shell, monkeypatch, tmp_path):
     monkeypatch.setattr(commandline, "report", press_again)
 
     def saving(argv):
-        with checkpoint.uninterrupted():
+        with files.uninterrupted():
             os.kill(os.getpid(), signal.SIGINT)
             (tmp_path / "saved").touch()
         pytest.fail("it went on")

@@ -24,7 +24,7 @@ import test as half_test
 import train
 from benchmarks import deployment, inference, overview
 from deploy import onnx_files
-from engine import checkpoint, folders, pictures
+from engine import checkpoint, files, folders, pictures
 from studies.study_file import read_study
 
 QUICK = [*SMALL, "--epochs", "1", "--model", "lenet5", "--mixing", "none"]
@@ -78,16 +78,16 @@ def test_two_factors_of_one_flag_are_refused(tmp_path):
 def test_a_profile_of_another_file_of_the_run_is_not_the_run_s(own):
     out = own / "seed0"
     profil.main(["--checkpoint", str(out / "model.pt")])
-    before = checkpoint.read_json(out / "report.json")["profile"]
+    before = files.read_json(out / "report.json")["profile"]
     shutil.copy(out / "last.pt", out / "previous.pt")
     profil.main(["--checkpoint", str(out / "previous.pt")])
     profil.main(["--checkpoint", str(out / "model.pt"), "--bits", "1"])
-    assert checkpoint.read_json(out / "report.json")["profile"] == before
+    assert files.read_json(out / "report.json")["profile"] == before
 
 
 def test_repetitions_of_a_seed_and_untested_runs_are_told(own, capsys):
     shutil.copytree(own / "seed0", own / "again")
-    config = checkpoint.read_json(own / "again" / "config.json")
+    config = files.read_json(own / "again" / "config.json")
     (own / "again" / "config.json").write_text(json.dumps({**config, "started": "2020-01-01 00:00:00"}))
     half_test.main(["--checkpoint", str(own / "seed0")])
     report.main([*(str(own / name) for name in ("seed0", "again", "seed1")), "--out", str(own / "out")])

@@ -22,7 +22,7 @@ import test as half_test
 import train
 import train_pruning
 from benchmarks import check, deployment, inference, profile, training
-from engine import checkpoint, run_files
+from engine import checkpoint, files, run_files
 from pruning import inner_spaces
 from studies import study_file
 
@@ -130,10 +130,10 @@ def test_a_cycle_whose_file_has_changed_does_not_go_on_without_a_word(tmp_path):
 def test_json_that_names_a_part_twice_is_refused(text, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(text)
-    for read in (filter_pruning.read_given, checkpoint.read_json, study_file.read_study):
+    for read in (filter_pruning.read_given, files.read_json, study_file.read_study):
         with pytest.raises(ValueError, match="'(stop_loss|layers)' stands in it twice"):
             read(path)
-    assert checkpoint.parse_json('[{"a": 1}, {"a": {"b": 2}, "b": 1}]') == [{"a": 1}, {"a": {"b": 2}, "b": 1}]
+    assert files.parse_json('[{"a": 1}, {"a": {"b": 2}, "b": 1}]') == [{"a": 1}, {"a": {"b": 2}, "b": 1}]
 
 
 def test_one_setting_of_the_cycle_under_two_spellings_is_refused():
@@ -303,7 +303,7 @@ def test_a_network_of_other_than_squares_is_refused(tmp_path):
 def write_often(path, byte):
     """Write a file of one kind of byte again and again; the exit code of the process is 1 where that fails."""
     for _ in range(100):
-        checkpoint.write(path, byte * 50_000)
+        files.write(path, byte * 50_000)
 
 
 def test_two_processes_write_one_file_in_turns(tmp_path):

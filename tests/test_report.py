@@ -7,7 +7,7 @@ import pytest
 import profil
 import report
 import test as half_test
-from engine import checkpoint, run_plots
+from engine import files, run_plots
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def test_plots_are_drawn_and_kept_without_sources(reported, tmp_path):
 
 def keep_figures(monkeypatch, drawn):
     """Put every figure that is saved into a list, too."""
-    save = checkpoint.save_figure
-    monkeypatch.setattr(checkpoint, "save_figure", lambda path, figure: (drawn.append(figure), save(path, figure)))
+    save = files.save_figure
+    monkeypatch.setattr(files, "save_figure", lambda path, figure: (drawn.append(figure), save(path, figure)))
 
 
 def test_names_of_near_points_do_not_overlap(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoint
+from engine import checkpoint, files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,7 +130,7 @@ def test_killed_while_saving_leaves_whole_files(tmp_path):
     for path in {tmp_path / "last.pt", *tmp_path.glob("previous.pt")}:
         state = checkpoint.read(path)
         assert bool((state["a"] == state["epoch"]).all())
-    checkpoint.remove_partial(tmp_path)
+    files.remove_partial(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {"last.pt", "previous.pt"}
 
 
@@ -161,7 +161,7 @@ def test_killed_at_each_step_of_a_save(tmp_path, point):
     assert process.returncode == -signal.SIGKILL
     assert checkpoint.read(tmp_path / "last.pt")["epoch"] == 1
     assert list(tmp_path.glob("*.partial"))
-    checkpoint.remove_partial(tmp_path)
+    files.remove_partial(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {"last.pt", "previous.pt"}
 
 

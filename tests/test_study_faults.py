@@ -14,7 +14,7 @@ import profil
 import report
 import study
 import test as half_test
-from engine import checkpoint, run_files, tables
+from engine import checkpoint, files, run_files, tables
 
 LENET = "train.py --mixing none --model lenet5"
 HEAD = "round,seconds,images_per_second,train_accuracy,validation_loss,validation_accuracy"
@@ -177,7 +177,7 @@ def full(monkeypatch):
     """A disk that takes no file any more."""
     def write(path, content):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(checkpoint, "write_synced", write)
+    monkeypatch.setattr(files, "write_synced", write)
 
 
 def test_the_result_is_told_where_nothing_can_be_written(trained, tmp_path, full, capsys):
@@ -196,26 +196,26 @@ def test_the_result_is_told_where_nothing_can_be_written(trained, tmp_path, full
 def test_a_picture_is_whole_or_the_one_before(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     path = tmp_path / "a.png"
-    checkpoint.save_figure(path, Figure())
+    files.save_figure(path, Figure())
     before = path.read_bytes()
     assert before.startswith(b"\x89PNG")
 
     def half(path, content):
         path.write_bytes(content[:100])
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(checkpoint, "write_synced", half)
+    monkeypatch.setattr(files, "write_synced", half)
     with pytest.raises(RuntimeError, match="a.png could not be written .No space left on device."):
-        checkpoint.save_figure(path, Figure(figsize=(1, 1)))
+        files.save_figure(path, Figure(figsize=(1, 1)))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_no_script_writes_a_picture_or_a_table_in_place():
-    files = [*ROOT.glob("*.py"), *(path for folder in ("engine", "deploy", "benchmarks", "models", "studies")
-                                   for path in (ROOT / folder).glob("*.py"))]
-    assert len(files) > 40
-    for path in files:
+    scripts = [*ROOT.glob("*.py"), *(path for folder in ("engine", "deploy", "benchmarks", "models", "studies")
+                                     for path in (ROOT / folder).glob("*.py"))]
+    assert len(scripts) > 40
+    for path in scripts:
         text = path.read_text()
-        assert text.count(".savefig(") == (path.name == "checkpoint.py"), path.name
+        assert text.count(".savefig(") == (path.name == "files.py"), path.name
         assert "to_csv(out" not in text and "to_csv(path" not in text and ".write_text(" not in text, path.name
 
 

@@ -17,7 +17,7 @@ import networks
 import profil
 import test as half_test
 from benchmarks import deployment, inference
-from engine import checkpoint
+from engine import checkpoint, files
 from engine.settings import defaults_of
 
 FILTERS = {"conv1": torch.rand(6), "conv2": torch.rand(5)}
@@ -34,9 +34,9 @@ PICTURES = {"test": lambda path: half_test.draw_confusion(path, RESULT),
             "deployment": lambda path: deployment.draw(path, FORM)}
 
 
-def fill_disk(*files):
+def fill_disk(*paths):
     """Let the disk be full for these files: what is written for each goes to /dev/full."""
-    for path in files:
+    for path in paths:
         path.with_name(path.name + ".partial").symlink_to("/dev/full")
 
 
@@ -58,9 +58,9 @@ def test_a_picture_is_whole_or_the_one_before_it_stays(draw, tmp_path):
 
 def test_the_ending_says_which_kind_of_picture(tmp_path):
     figure = Figure()
-    checkpoint.save_figure(tmp_path / "a.svg", figure)
+    files.save_figure(tmp_path / "a.svg", figure)
     assert b"<svg" in (tmp_path / "a.svg").read_bytes()
-    checkpoint.save_figure(tmp_path / "a", figure)
+    files.save_figure(tmp_path / "a", figure)
     assert (tmp_path / "a").read_bytes().startswith(b"\x89PNG")
 
 
@@ -68,7 +68,7 @@ def test_the_ending_says_which_kind_of_picture(tmp_path):
 def test_where_nothing_can_be_written_one_error_says_so(place, tmp_path):
     (tmp_path / "file").write_text("somebody's")
     with pytest.raises(RuntimeError, match=r"picture.png could not be written \(.*\): 3 bytes are needed"):
-        checkpoint.write(tmp_path / place, b"abc")
+        files.write(tmp_path / place, b"abc")
     assert (tmp_path / "file").read_text() == "somebody's"
 
 
@@ -83,13 +83,13 @@ def run(trained, tmp_path):
 def read_only(run, trained, monkeypatch):
     """That run on a disk that is read-only."""
     shutil.copy(trained / "config.json", run)
-    real = checkpoint.write_synced
+    real = files.write_synced
 
     def write_synced(path, content):
         if path.parent == run:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
         real(path, content)
-    monkeypatch.setattr(checkpoint, "write_synced", write_synced)
+    monkeypatch.setattr(files, "write_synced", write_synced)
     return run
 
 

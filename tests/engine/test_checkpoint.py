@@ -4,7 +4,6 @@ import io
 import os
 import pickle
 import subprocess
-import sys
 import tempfile
 import zipfile
 from functools import cache
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_runs import same
@@ -289,29 +287,3 @@ def test_code_in_a_bare_pickle_never_runs(tmp_path, legacy):
 def test_a_pickled_model_is_refused(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "a.pt")
     assert "torch.nn.modules.linear.Linear" in refusal(tmp_path / "a.pt")
-
-
-# ---- a report that several processes write
-
-MERGES = """
-import sys
-from engine import checkpoint
-for number in range(20):
-    checkpoint.merge_json(sys.argv[1], {f"{sys.argv[2]}{number}": number})
-"""
-
-
-def test_processes_that_write_one_report_at_once_lose_nothing_of_each_other(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    writers = [subprocess.Popen([sys.executable, "-c", MERGES, str(tmp_path / "report.json"), name], cwd=ROOT)
-               for name in "abc"]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
-    held = checkpoint.read_json(tmp_path / "report.json")
-    assert held == {f"{name}{number}": number for name in "abc" for number in range(20)}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "report.json"]
-
-
-def test_a_report_is_written_where_no_run_is(tmp_path):
-    checkpoint.merge_json(tmp_path / "report.json", {"a": 1})
-    checkpoint.merge_json(tmp_path / "report.json", {"b": 2})
-    assert checkpoint.read_json(tmp_path / "report.json") == {"a": 1, "b": 2}

@@ -1,4 +1,5 @@
 """Standard streams that are closed or full, and exceptions of any type: one line, the right exit code, whole files."""
+import json
 import os
 import shlex
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from engine import checkpoint, commandline
+from engine import checkpoint, commandline, streams
 
 TINY = shlex.split("--dataset digits --limit 64 --epochs 1 --model lenet5 --mixing none --compile off --batch-size 32 "
                    "--device cpu")
@@ -43,6 +44,24 @@ def test_a_reader_that_leaves_is_no_failure():
                           stderr=subprocess.PIPE, text=True)
     os.close(writes)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("redirect", "code", "told"), [
+    ("> /dev/full", 1, "error: standard output could not be written"), ("2> /dev/full", 0, ""), (">&- 2>&-", 0, "")])
+def test_an_arm_of_a_study_whose_output_is_full_does_not_count_as_failed(redirect, code, told, tmp_path):
+    arm = {"group": "g", "name": "a", "run": "train.py"}
+    (tmp_path / "small.json").write_text(json.dumps({"flags": shlex.join(TINY), "seeds": [0], "arms": [arm]}))
+    program = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'study.py'))} small.json {redirect}"
+    done = subprocess.run(["sh", "-c", program], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == code and done.stderr.startswith(told) and done.stderr.count("\n") == bool(told), done
+    assert (tmp_path / "runs/small-a-s0/finished").exists()
+    assert (tmp_path / "results/small/table.csv").read_text().splitlines()[1].startswith("g,a,1,")
+
+
+def test_what_a_command_prints_is_shown_where_it_was_printed(capfd):
+    code = streams.run_shown([sys.executable, "-c", "import sys; print('a'); print('b', file=sys.stderr); sys.exit(3)"])
+    assert (code, capfd.readouterr()) == (3, ("a\n", "b\n"))
 
 
 @pytest.mark.parametrize("script", QUICK)
