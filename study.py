@@ -209,7 +209,8 @@ def draw_accuracy(path, table, title):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     table = table.dropna(subset=["validation_accuracy"])
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.32 * len(table)), layout="constrained")
+    longest = max(map(len, table["arm"]))
+    figure, axes = plt.subplots(figsize=(max(8, 5 + 0.08 * longest), 1.6 + 0.32 * len(table)), layout="constrained")
     places = {name: len(table) - place for place, name in enumerate(table["arm"])}
     for number, (group, rows) in enumerate(table.groupby("group", sort=False)):
         axes.errorbar(rows["validation_accuracy"], [places[name] for name in rows["arm"]], capsize=3,
@@ -221,8 +222,9 @@ def draw_accuracy(path, table, title):
     axes.set_ylim(0.4, len(table) + 0.9)                     # room for the number above the first arm
     axes.grid(axis="x", alpha=0.4)
     axes.set(xlabel="validation accuracy (%)")
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.margins(x=0.1)                                      # and beside the first and last one
+    figure.suptitle(title, fontsize=9)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     files.save_figure(path, figure)
     plt.close(figure)
 

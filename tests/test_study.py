@@ -356,3 +356,18 @@ def test_runs_of_shipped_studies_are_accepted_by_their_scripts(path, tmp_path, m
         script, *own = shlex.split(arm["run"])
         with pytest.raises(Accepted):
             MAINS[script]([*shlex.split(found["flags"]), *own])
+
+
+@pytest.mark.parametrize("name", ["a", "batch 512, averaging 0.98, momentum of Muon 0.6, biases x 5"])
+def test_points_title_and_groups_have_room_in_the_plot_whatever_arms_are_called(name, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(study.files, "save_figure", lambda path, figure: drawn.append(figure))
+    rows = [{"group": f"a group of a long name {place}", "arm": f"{name} {place}", "validation_accuracy": 90 + place,
+             "validation_accuracy_sd": float("nan")} for place in range(9)]
+    study.draw_accuracy(tmp_path / "a.png", pd.DataFrame(rows), "What a choice is worth for a dense network, by arm")
+    figure, = drawn
+    figure.canvas.draw()
+    assert figure.axes[0].get_window_extent().width > 3 * figure.dpi
+    for part in (figure._suptitle, figure.legends[0]):
+        extent = part.get_window_extent()
+        assert extent.x0 >= 0 and extent.x1 <= figure.bbox.x1 and extent.y0 >= 0 and extent.y1 <= figure.bbox.y1

@@ -13,7 +13,8 @@ from engine import checkpoint, commandline, streams
 TINY = shlex.split("--dataset digits --limit 64 --epochs 1 --model lenet5 --mixing none --compile off --batch-size 32 "
                    "--device cpu")
 QUICK = {"profil.py": "--model lenet5", "study.py": "--help", "report.py": "--help", "predict.py": "--help",
-         "test.py": "--help", "export.py": "--help", "benchmark.py": "--help", "train.py": "--dry-run --dataset digits"}
+         "test.py": "--help", "export.py": "--help", "benchmark.py": "--help",
+         "train.py": "--dry-run --dataset digits --model lenet5 --compile off"}
 
 
 def shell(script, flags, redirect):
@@ -47,7 +48,7 @@ def test_a_reader_that_leaves_is_no_failure():
 
 
 @pytest.mark.parametrize(("redirect", "code", "told"), [
-    ("> /dev/full", 1, "error: standard output could not be written"), ("2> /dev/full", 0, ""), (">&- 2>&-", 0, "")])
+    ("> /dev/full", 1, "error: standard output could not be written"), ("2> /dev/full", 0, "")])
 def test_an_arm_of_a_study_whose_output_is_full_does_not_count_as_failed(redirect, code, told, tmp_path):
     arm = {"group": "g", "name": "a", "run": "train.py"}
     (tmp_path / "small.json").write_text(json.dumps({"flags": shlex.join(TINY), "seeds": [0], "arms": [arm]}))
