@@ -180,6 +180,9 @@ def prepare(settings, state):
     folders.refuse_other_kind(out, device, state)
     with parallel.leader_first():
         data = cifar10.load(settings["dataset"], settings["data"])
+    pictures = None if settings["dataset"] in cifar10.KINDS else cifar10.sha256_of(data)
+    if state is not None and not settings["force"]:
+        cifar10.refuse_changed(settings["dataset"], (state.get("kind"), state.get("pictures")), (kind, pictures))
     if parallel.leads() and state is not None and not settings["dry_run"]:
         cifar10.check_folder(out)
         files.remove_partial(out)
@@ -200,10 +203,7 @@ def prepare(settings, state):
     if "bits" in architecture:
         begin_bits(model, architecture["bits"], calibration if state is None else None)
     run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, kind=kind,
-              forward=model, pictures_sha256=None if settings["dataset"] in cifar10.KINDS else cifar10.sha256_of(data))
-    if state is not None and not settings["force"]:
-        cifar10.refuse_changed(settings["dataset"], (state.get("kind"), state.get("pictures")),
-                               (kind, run.pictures_sha256))
+              forward=model, pictures_sha256=pictures)
     if settings["recipe"] != "published":       # which trains on a CPU as it did
         run.layout = torch.channels_last
     if device.type != "cpu" or settings["recipe"] != "published":
