@@ -162,9 +162,12 @@ def test_a_run_goes_on_only_while_its_folder_is_as_it_was(own, tmp_path):
     train.main(["--dataset", str(folder), "--out", str(out), *QUICK])
     train.main(["--resume", "--out", str(out)])
     Image.new("RGB", (32, 32)).save(folder / "train" / "red" / "new.png")
+    (out / "last.pt.partial").touch()
     with pytest.raises(ValueError, match=r"colours is not as it was .*counts: \[24, 9\] then, \[25, 9\] now.*--force"):
         train.main(["--resume", "--out", str(out)])
+    assert (out / "last.pt.partial").exists()             # refused before anything is touched
     train.main(["--resume", "--force", "--out", str(out)])
+    assert not (out / "last.pt.partial").exists()
 
 
 def test_the_published_recipe_and_its_loaders_take_a_folder(own, tmp_path):
