@@ -34,7 +34,15 @@ from engine.settings import alone, check, defaults_of, flag_of, idle, only, to_r
 from engine.small_images import use_products
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
 from set_optimizer_train import make_optimizer, moved_by_muon
-from set_pruning_train import as_joined, check_position, check_pruning, join_rounds, never_reduces, start_search
+from set_pruning_train import (
+    as_joined,
+    check_position,
+    check_pruning,
+    join_rounds,
+    never_reduces,
+    rate_of_round,
+    start_search,
+)
 from set_quantization_train import after_step, evaluation_weights
 from set_resizing_train import check_resize, share_of_work
 
@@ -316,6 +324,9 @@ def begin_round(run, moved=None):
     """A fresh optimizer, schedule and weight average for the round that `run` stands at; moved: by Muon, if known."""
     settings, steps = run.settings, run.settings["epochs"][run.round] * len(run.train)
     run.optimizer = make_optimizer(run.model, settings, moved)
+    for group in run.optimizer.param_groups:
+        group["share"] = rate_of_round(settings, run.round)
+        group["lr"] *= group["share"]
     run.schedule = schedules.make_schedule(run.optimizer, settings["schedule"], steps, settings["peak"])
     height, width, channels = run.kind.shape
     run.search = start_search(settings, run.round, run.model, (channels, height, width))

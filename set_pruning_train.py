@@ -16,11 +16,14 @@ from engine.settings import Setting, joined, line, only
 from filter_pruning import SHRINKING
 from pruning import GRADUAL
 
+FINETUNED = "rounds", "l1_cycle"      # of the lines PRUNING, those whose later rounds train on what pruning has left
 SETTINGS = joined({
     "pruning": line("none", ("rounds", *GRADUAL, *SHRINKING), alone=(
         SHRINKING, "shrinks the network, which takes one process: run it without torchrun")),
     "sparsity": Setting([], "share of the remaining weights pruned after a round", low=0, below=1, form=float,
                         many="+"),
+    "finetune_lr": Setting(1.0, "learning rates of the rounds behind a pruning, as a multiple of the first round's",
+                           above=0, high=1e6, only=(("pruning", FINETUNED),)),
 }, pruning.SETTINGS, filter_pruning.SETTINGS, only("pruning", ("morphnet",), morphnet.SETTINGS))
 
 
@@ -147,6 +150,12 @@ def check_budget(settings, model, search):
 
 
 # ---- while training
+
+def rate_of_round(settings, round_):
+    """What the learning rates of a round, counted from 0, are multiplied by: --finetune-lr behind a pruning, else 1."""
+    return settings["finetune_lr"] if round_ and settings["pruning"] in FINETUNED else 1.0
+
+
 
 def prune_on_schedule(settings, step, steps, model, average, masks):
     """Gradual pruning after `step` of `steps`: new masks where the schedule fires, else those that were.

@@ -47,7 +47,7 @@ def restore(run, state):
     own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     run.optimizer.load_state_dict(state["optimizer"])
     groups, before = run.optimizer.param_groups, state["settings"]
-    stood = [group["lr"] for group in groups]
+    stood, shares = [group["lr"] for group in groups], [group.get("share", 1.0) for group in groups]
     bases = [group.get("initial_lr", group["lr"]) for group in own]
     by_losses = run.settings["schedule"] == "plateau"
     if by_losses == (before["schedule"] == "plateau"):
@@ -55,7 +55,8 @@ def restore(run, state):
     if by_losses:
         names = [group.get("rate", "lr") for group in own]      # the setting that is the group's rate
         rates = bases if before["schedule"] != "plateau" else [
-            rate * (run.settings[name] / before[name]) for rate, name in zip(stood, names, strict=True)]
+            rate * (run.settings[name] / before[name]) * (group.get("share", 1.0) / share)
+            for rate, name, share, group in zip(stood, names, shares, own, strict=True)]
     else:
         schedule.last_epoch, schedule.base_lrs = run.epoch * len(run.train), bases
         rates = [base * schedule.lr_lambdas[0](schedule.last_epoch) for base in bases]

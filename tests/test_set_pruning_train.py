@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 import torch
-from sample_runs import run_in_parts, same
+from sample_runs import ROUNDS, assert_same_run, history_of, resume, run_in_parts, same, stop_after_a_save
 from torch.utils.flop_counter import FlopCounterMode
 
 import experiment
@@ -121,3 +121,64 @@ def test_filters_stay_once_few_parameters_are_left():
     settings["filter_until"] = sizes[-1] - 1                    # one parameter fewer is asked for: more leave
     assert set_pruning_train.reduce_filters(settings, 9, model, None, optimizer, {}) == "" != \
         set_pruning_train.reduce_filters(settings, 8, model, None, optimizer, {})
+
+
+# ---- --finetune-lr
+
+@pytest.mark.parametrize("flags", [["--optimizer", "sgd"], ["--optimizer", "muon", "--bias-lr", "2"]])
+def test_rounds_behind_a_pruning_train_at_their_share_of_every_rate(flags, tmp_path):
+    run = experiment.start(train_pruning.__file__, "", train_pruning.SETTINGS, train.RECIPES,
+                           [*ROUNDS, *flags, "--finetune-lr", "0.25", "--peak", "0", "--out", str(tmp_path)])
+    rates = []
+    for run.round in range(3):
+        experiment.begin_round(run)
+        rates.append([group["lr"] for group in run.optimizer.param_groups])
+    assert rates[0][-1] in (0.15, 0.3) and len(rates[0]) == (3 if "muon" in flags else 1)
+    assert rates[1] == rates[2] == pytest.approx([0.25 * rate for rate in rates[0]])
+
+
+def test_a_share_of_a_half_shows_in_the_history_and_goes_on_bit_for_bit(tmp_path):
+    flags = [*ROUNDS, "--model", "lenet5", "--mixing", "none"]
+    for name, share in (("whole", []), ("half", ["--finetune-lr", "0.5"])):
+        train_pruning.main([*flags, *share, "--out", str(tmp_path / name)])
+    rates = {name: [float(row["lr"]) for row in history_of(tmp_path / name)] for name in ("whole", "half")}
+    assert rates["half"] == pytest.approx([rate * (1 if place < 2 else 0.5)
+                                           for place, rate in enumerate(rates["whole"])], abs=1e-6)
+    parts = tmp_path / "parts"
+    run_in_parts(lambda: train_pruning.main([*flags, "--finetune-lr", "0.5", "--out", str(parts)]), parts, 5)
+    assert_same_run(parts, tmp_path / "half")
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "plateau"])
+def test_another_share_for_a_round_that_has_begun_acts_on_its_rate(schedule, tmp_path):
+    out, flags = tmp_path / "run", [*ROUNDS, "--model", "lenet5", "--mixing", "none", "--schedule", schedule]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after_a_save(patch)
+        for epoch in range(4):                                      # the second one of the last round is still to come
+            with pytest.raises(Exception, match="^$"):
+                train_pruning.main(["--resume", "--out", str(out)] if epoch else [*flags, "--out", str(out)])
+    stood = checkpoint.read(out / "last.pt")["optimizer"]["param_groups"][0]["lr"]
+    with pytest.raises(ValueError, match="finetune_lr: 1.0 then, 0.1 now"):
+        resume(out, "--finetune-lr", "0.1")
+    resume(out, "--finetune-lr", "0.1", "--force")
+    assert float(history_of(out)[-1]["lr"]) == pytest.approx(0.1 * stood, abs=1e-6)
+
+
+def test_rounds_that_search_or_train_from_scratch_keep_their_rate(tmp_path, capsys):
+    run = experiment.start(train_pruning.__file__, "", train_pruning.SETTINGS, train.RECIPES,
+                           [*SHORT, "--finetune-lr", "0.5", "--out", str(tmp_path)])
+    assert "--finetune-lr 0.5 changes nothing without --pruning rounds or l1_cycle" in capsys.readouterr().err
+    run.round = 1
+    experiment.begin_round(run)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * run.schedule.lr_lambdas[0](0))
+
+
+def test_fine_tuning_in_an_l1_cycle_has_a_rate_of_its_own(tmp_path):
+    settings = {"finetuning_epochs": 1, "stop_loss": 1e9, "pruning_percent_step": 0.5,
+                "pruning_standard_deviation_part": 0}
+    (tmp_path / "cycle.json").write_text(json.dumps(settings))
+    train_pruning.main(shlex.split(f"--dataset digits --limit 64 --batch-size 32 --compile off --device cpu "
+                                   f"--mixing none --model lenet5-student --pruning l1_cycle --epochs 1 --peak 0 "
+                                   f"--finetune-lr 0.1 --lr 0.02 --cycle {tmp_path}/cycle.json --out {tmp_path}/run"))
+    rates = [float(row["lr"]) for row in history_of(tmp_path / "run")]
+    assert len(rates) > 2 and rates == [0.02] + [0.002] * (len(rates) - 1)
