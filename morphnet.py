@@ -24,13 +24,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine import files
+from engine import costs, files
+from engine.costs import METRICS, check_metric, coefficients, price, sides
 from engine.settings import Setting
 from engine.widths import layer_like, widths_of
 from resnet_factorized import initialise
 
-METRICS = ("macs", "parameters", "latency")
-BYTES = 4        # of a weight or an activation: float32
 SETTINGS = {
     "morph_cost": Setting("macs", "what a channel pays for", choices=METRICS),
     "morph_strength": Setting(0.1, "of the penalty, which is about 2 at the start", low=0),
@@ -128,88 +127,13 @@ def refuse_explosion(value, hint=""):
 def sizes_of(model, shape):
     """What costs follow from, for one image of `shape` (C, H, W): a dictionary of plain values.
 
-    layers: see `row_of`; spaces, blocks: of `spaces_of` and `blocks_of`. It holds
+    layers: see `costs.row_of`; spaces, blocks: of `spaces_of` and `blocks_of`. It holds
     until layers are removed or resized. One pass over zeros, in evaluation, leaves
     the model as it was. Raises ValueError for a layer that runs twice.
     """
-    pixels, hooks, modes = {}, [], [(module, module.training) for module in model.modules()]
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            def hook(layer, inputs, output, name=name):
-                if name in pixels:
-                    raise ValueError(f"{name} runs twice in one pass; its cost does not follow from its widths")
-                pixels[name] = math.prod(inputs[0].shape[2:]), math.prod(output.shape[2:])
-            hooks.append(module.register_forward_hook(hook))
-    some = next(model.parameters())
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *shape, device=some.device, dtype=some.dtype))
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
-    spaces = spaces_of(model)
-    return {"layers": [row_of(name, model.get_submodule(name), pixels[name], spaces) for name in pixels],
+    spaces, pixels = spaces_of(model), costs.pixels_of(model, shape)
+    return {"layers": [costs.row_of(name, model.get_submodule(name), pixels[name], spaces) for name in pixels],
             "spaces": spaces, "blocks": blocks_of(model)}
-
-
-def row_of(name, layer, pixels, spaces):
-    """One layer: reads and makes name its spaces, None where a width is constant, such as the image's channels.
-
-    inputs, outputs: its widths now; filter: k^2; pixels: of its input and its
-    output, 1 for linear layers; unfold: inputs a channel it reads.
-    """
-    row = {"name": name, "reads": None, "makes": None, "unfold": 1, "depthwise": False, "pixels": pixels,
-           "groups": getattr(layer, "groups", 1), "filter": math.prod(layer.weight.shape[2:])}
-    for space in spaces:
-        if name in space["readers"]:
-            row |= {"reads": space["name"], "unfold": space["unfold"]}
-        if name in space["makers"]:
-            row["makes"] = space["name"]
-        if name in space["depthwise"]:
-            row |= {"reads": space["name"], "makes": space["name"], "depthwise": True}
-    return row | {"inputs": layer.weight.shape[1] * row["groups"], "outputs": len(layer.weight)}
-
-
-def sides(row, widths):
-    """(A_in, A_out) of a layer for {space: width}."""
-    return (row["inputs"] if row["reads"] is None else widths[row["reads"]] * row["unfold"],
-            row["outputs"] if row["makes"] is None else widths[row["makes"]])
-
-
-def coefficients(row, widths, what, device):
-    """(c, i, o) of a layer's cost c A_in A_out / groups + i A_in + o A_out.
-
-    MACs: c = H_out W_out k^2; parameters: k^2; for a depthwise layer these are o.
-    Latency: MACs over the device's peak or, where that takes longer, bytes over its
-    bandwidth: of weights, and of activations as i and o.
-    """
-    (before, after), area = row["pixels"], row["filter"]
-    weights = (0, 0, area) if row["depthwise"] else (area, 0, 0)
-    macs = tuple(after * each for each in weights)
-    if what != "latency":
-        return macs if what == "macs" else weights
-    if 0 in sides(row, widths):              # a removed layer: nothing is read or written
-        before = after = 0
-    moved = weights[0], weights[1] + before, weights[2] + after
-    return max(tuple(each / device[0] for each in macs), tuple(BYTES * each / device[1] for each in moved),
-               key=lambda each: price(row, each, widths))
-
-
-def price(row, each, widths):
-    """c A_in A_out / groups + i A_in + o A_out."""
-    inputs, outputs = sides(row, widths)
-    return each[0] * inputs * outputs / row["groups"] + each[1] * inputs + each[2] * outputs
-
-
-def check_metric(what, device):
-    """ValueError for an unknown cost, or for a latency without the device's two numbers."""
-    if what not in METRICS:
-        raise ValueError(f"no cost is called {what!r}; choose from {', '.join(METRICS)}")
-    if what == "latency" and (device is None or len(device) != 2 or not all(0 < each < math.inf for each in device)):
-        raise ValueError(f"latency on device {device}: give its peak in MACs a second and its bandwidth in bytes a "
-                         "second, two numbers above 0")
 
 
 def cost(model, sizes, what="macs", threshold=None, device=None):
