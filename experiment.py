@@ -30,7 +30,7 @@ import quantization
 from engine import board, checkpoint, commandline, compiling, files, folders, parallel, run_files, schedules
 from engine.averages import average_pairs
 from engine.endings import enough_memory, resumable
-from engine.settings import alone, check, defaults_of, flag_of, idle, only, to_resume
+from engine.settings import alone, check, check_each, defaults_of, flag_of, idle, only, to_resume
 from engine.small_images import use_products
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
 from set_optimizer_train import make_optimizer, moved_by_muon
@@ -84,6 +84,7 @@ class Run:
     schedule: object = None
     forward: object = None        # the model, or the model compiled
     dtype: torch.dtype = torch.float32    # arithmetic of forward and backward passes
+    computed: str = None          # arithmetic when it began, of a run that goes on
     form: str = None              # of its grouped convolutions, see `compiling.compute_as`
     layout: torch.memory_format = torch.contiguous_format     # of images and weights in memory
     teacher: torch.nn.Module = None
@@ -142,6 +143,7 @@ def fresh_settings(script, table, lines, recipes, given):
     """The settings of a run that begins, before they are checked."""
     settings = {**defaults_of(table), **lines, **recipes.get(given.get("recipe"), {}), **given, "lines": lines,
                 "script": Path(script).name}
+    check_each(table, settings, ["epochs"])                  # which are summed up where one round has all
     settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
     settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
     join_rounds(settings, "sparsity" in given)
@@ -154,10 +156,17 @@ def tell_idle(run, table, given):
     found += [f"{flag_of(name, given[name])} changes nothing: {run.settings['model']} has no {name}"
               for name in ("groups", "shuffle") if name in given and name not in run.architecture]
     normed = any(isinstance(layer, torch.nn.BatchNorm2d) for layer in run.model.modules())
-    if given.get("recalibrate") and not normed:
-        found.append(f"--recalibrate changes nothing: {run.settings['model']} has no batch norm")
-    if given.get("flips") == "alternating" and not run.kind.flip:
-        found.append(f"--flips alternating changes nothing: images of {run.settings['dataset']} are not mirrored")
+    whole = run.settings["teacher"] and run.settings["distillation_weight"] == 1
+    reasons = {        # (flag, value or None for any): (whether it changes nothing, why)
+        ("recalibrate", True): (not normed, f"{run.settings['model']} has no batch norm"),
+        ("flips", "alternating"): (not run.kind.flip, f"images of {run.settings['dataset']} are not mirrored"),
+        ("shuffle", False): (run.architecture.get("groups") == 1, "one group has nothing to interleave"),
+        ("mix_alpha", None): (run.settings["mixing"] == "cutout" and run.settings["mix_alpha"] > 0,
+                              "Cutout mixes no two images"),
+        ("label_smoothing", None): (whole, "with --distillation-weight 1 the labels have no part in the loss"),
+    }
+    found += [f"{flag_of(name, given[name])} changes nothing: {why}" for (name, value), (off, why) in reasons.items()
+              if off and name in given and value in (None, given[name])]
     parameters = sum(weight.numel() for weight in run.model.parameters())
     found += [sentence] if not run.history and (sentence := never_reduces(run.settings, parameters)) else []
     for sentence in found if parallel.leads() else ():
@@ -306,8 +315,8 @@ def choose_computing(run, wanted, images, shape):
     wanted, images, shape: as `compiling.choose_forward` has them. Returns training
     images a second, and a note for people.
     """
-    run.dtype, tried = compiling.choose_arithmetic(run.settings["arithmetic"], run.model, images, run.device), {}
-    asked = run.settings["convolutions"]
+    run.dtype = compiling.choose_arithmetic(run.settings["arithmetic"], run.model, images, run.device, run.computed)
+    asked, tried = run.settings["convolutions"], {}
     if asked == "auto" and run.form:
         asked = run.form                  # as when it began
     for form in compiling.forms_of(asked, run.model, run.device):
@@ -361,6 +370,7 @@ def state_of(run):
     return {**checkpoint.network_of(run.model, run.architecture), "settings": run.settings,
             "kind": cifar10.plain(run.kind),
             "masks": run.masks, "round": run.round, "epoch": run.epoch, "planned": run.planned, "form": run.form,
+            "arithmetic": run.arithmetic,
             "device": run.device.type, "teacher": run.teacher_sha256, "pictures": run.pictures_sha256,
             "history": run.history,
             "average": checkpoint.weights_of(run.average) if run.average is not None else None,
@@ -376,7 +386,7 @@ def restore(run, state):
         raise ValueError(f"{problem}; a run's network stays, with --force too: start a new run with another --out, and "
                          "--start for its weights") from None
     run.round, run.epoch, run.history = state["round"], state["epoch"], state["history"]
-    run.planned, run.form = state.get("planned", 0), state.get("form")
+    run.planned, run.form, run.computed = state.get("planned", 0), state.get("form"), state.get("arithmetic")
     run.masks = {name: mask.to(run.device) for name, mask in state["masks"].items()}
     lay_out(run)
     begin_round(run, moved_by_muon(state["optimizer"]))

@@ -48,8 +48,8 @@ def read_run(folder):
             "weights": settings.get("weights") or "float",
             "recipe": settings["recipe"], "distilled": bool(settings.get("teacher")),
             "continued": bool(settings.get("start") or (settings.get("cycle_settings") or {}).get("input_model_path")),
-            "device": config["device"], "other_settings": unusual(settings), "settings": comparable(settings),
-            "validation_accuracy": row_of_result(history, settings, profile)["validation_accuracy"],
+            "device": config["device"], "other_settings": unusual(settings), "settings": comparable(complete(settings)),
+            "validation_accuracy": row_of_result(history, settings, {**test, **profile})["validation_accuracy"],
             "test_accuracy": test.get("accuracy"),
             "pflop": history["pflop"].iloc[-1] if "pflop" in history else None,
             "precision": test.get("precision"), "minutes": history["seconds"].sum() / 60,
@@ -73,10 +73,23 @@ def read_runs(folders):
     return runs, [f"left out: {problem}" for problem in wrong]
 
 
-def row_of_result(history, settings, profile):
-    """The last row; of an L1 cycle, which ends with a network that it refuses, the last of the size that was kept."""
-    kept = history.get("parameters", pd.Series(dtype=float)) == profile.get("parameters")
-    return history[kept].iloc[-1] if settings.get("pruning") == "l1_cycle" and kept.any() else history.iloc[-1]
+def row_of_result(history, settings, measured):
+    """The last row; of an L1 cycle, which ends with a network that it refuses, that of the network that it kept.
+
+    measured: what was measured on the network: the epochs after which it was kept, or in older files its size.
+    """
+    if settings.get("pruning") != "l1_cycle":
+        return history.iloc[-1]
+    epochs = measured.get("epochs")
+    if isinstance(epochs, int) and 0 < epochs <= len(history):
+        return history.iloc[epochs - 1]
+    kept = history.get("parameters", pd.Series(dtype=float)) == measured.get("parameters")
+    return history[kept].iloc[-1] if kept.any() else history.iloc[-1]
+
+
+def complete(settings):
+    """The settings of a run with those that it is older than."""
+    return {**DEFAULTS, **RECIPES.get(settings["recipe"], {}), **settings}
 
 
 def comparable(settings):

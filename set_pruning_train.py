@@ -12,10 +12,11 @@ import morphnet
 import pruning
 from engine import parallel
 from engine.operations import macs_of
-from engine.settings import Setting, joined, line, only
+from engine.settings import Setting, check_each, flag_of, joined, line, only
 from filter_pruning import SHRINKING
 from pruning import GRADUAL
 
+OF_A_PRUNING = "sparsity", "score", "minimum_density", "exclude", "macs", "macs_layers"      # read when it comes
 FINETUNED = "rounds", "l1_cycle"      # of the lines PRUNING, those whose later rounds train on what pruning has left
 SETTINGS = joined({
     "pruning": line("none", ("rounds", *GRADUAL, *SHRINKING), alone=(
@@ -47,6 +48,7 @@ def as_joined(table, stored, given):
     """
     asked = {name: list(given.get(name, table[name].default)) for name in ("epochs", "sparsity")}
     asked["pruning"] = given.get("pruning", stored.get("pruning", table["pruning"].default))
+    check_each(table, asked, ["epochs", "sparsity"])
     join_rounds(asked, "sparsity" in given)
     asked["epochs"] += stored["epochs"][1:] if asked["pruning"] == "l1_cycle" else []
     return {**given, **{name: asked[name] for name in ("epochs", "sparsity") if name in given}}
@@ -99,11 +101,22 @@ def check_position(settings, state):
     if len(epochs) <= rounds or epochs[rounds] < state["epoch"]:
         raise ValueError(f"epochs {epochs}: the run has trained {state['epoch']} in its round {rounds + 1} already; "
                          "give that round as many or more, or start a new run with another --out")
+    late = next((name for name in OF_A_PRUNING if settings[name] != before.get(name, settings[name])), None)
+    if late and is_pruned(settings, rounds, state["epoch"]):
+        raise ValueError(f"{flag_of(late, settings[late])} comes too late: the last pruning of this run is over; start "
+                         "a new run with another --out")
     masks = state.get("masks") or {}
     zeros = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(1, sum(mask.numel() for mask in masks.values()))
     if settings["pruning"] in GRADUAL and masks and settings["sparsity"][0] < zeros - 0.001:
         raise ValueError(f"sparsity {settings['sparsity'][0]}: the run has pruned {100 * zeros:.1f} % already, which "
                          "stay zero; give as much or more, or start a new run with another --out")
+
+
+def is_pruned(settings, round_, epoch):
+    """Whether the pruning of weights is over after so many epochs of a round, and nothing of it is still to come."""
+    if settings["pruning"] == "rounds":
+        return round_ + 1 == len(settings["epochs"])
+    return settings["pruning"] in GRADUAL and epoch > settings["prune_end"] * settings["epochs"][0]
 
 
 def check_pruning(settings, model, masks, round_, steps, shape):
@@ -128,7 +141,7 @@ def check_pruning(settings, model, masks, round_, steps, shape):
         morphnet.refuse_fixed_scales(model, settings["model"])
         search = start_search(settings, round_, model, shape)
         if search:
-            check_budget(settings, model, search)
+            check_budget(settings, model, search, len(settings["epochs"]) - 1 - round_)
 
 
 def check_narrowing(settings, model, shape):
@@ -140,12 +153,16 @@ def check_narrowing(settings, model, shape):
     pruning.check_macs(model, settings["macs"], shape, settings["macs_layers"], settings["exclude"])
 
 
-def check_budget(settings, model, search):
-    """ValueError where not even the smallest widths of `model` are within MorphNet's budget."""
+def check_budget(settings, model, search, rounds):
+    """ValueError where not even the smallest widths of `model` are within MorphNet's budget, or those of a later round.
+
+    rounds: that still search; the budget of each is a share of what the one before it has left.
+    """
     removable = morphnet.blocks_of(model)
     least = {space["name"]: 0 if space["name"] in removable else morphnet.groups_of(model, space)
              for space in morphnet.spaces_of(model)}
-    morphnet.expand(model, least, search["sizes"], settings["morph_cost"], settings["morph_budget"] * search["whole"],
+    share = min(settings["morph_budget"], settings["morph_budget"] ** rounds)
+    morphnet.expand(model, least, search["sizes"], settings["morph_cost"], share * search["whole"],
                     settings["morph_round_to"], settings["morph_device"])
 
 
@@ -154,7 +171,6 @@ def check_budget(settings, model, search):
 def rate_of_round(settings, round_):
     """What the learning rates of a round, counted from 0, are multiplied by: --finetune-lr behind a pruning, else 1."""
     return settings["finetune_lr"] if round_ and settings["pruning"] in FINETUNED else 1.0
-
 
 
 def prune_on_schedule(settings, step, steps, model, average, masks):

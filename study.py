@@ -49,6 +49,7 @@ def train_arm(arm, flags, seed, folder):
         folders.hold(folder)                  # another process may be in that epoch
         for name in ("config.json", "history.csv", "views.pt"):   # of a run that ended within its first epoch
             (folder / name).unlink(missing_ok=True)
+        files.remove_partial(folder)
         folders.let_go(folder)
     script, *own = shlex.split(arm["run"].replace("{seed}", str(seed)))
     command = [script, "--resume"] if (folder / "last.pt").exists() else [script, *shlex.split(flags), *own,
@@ -328,16 +329,22 @@ def main(argv):
         raise ValueError(f"--arms: {arguments.study} has no arm {unknown[0]!r}; it has {', '.join(map(repr, names))}")
     check_out(arguments.study, out)
     check_runs(name, study, seeds)
-    flags, rows, kept = f"{study['flags']} --data {shlex.quote(arguments.data)}", [], set()
-    for seed, arm in itertools.product(seeds, study["arms"]):
-        folder = folder_of(name, arm, seed)
-        if arm["name"] not in chosen and not (folder / "finished").exists():
+    flags, kept = f"{study['flags']} --data {shlex.quote(arguments.data)}", set()
+    runs = list(itertools.product(seeds, study["arms"]))
+    there = [(folder_of(name, arm, seed) / "finished").exists() for seed, arm in runs]
+    rows = [None] * len(runs)
+    # those that are there come first, so that no table holds fewer runs than the one before it
+    for place in sorted(range(len(runs)), key=lambda place: not there[place]):
+        seed, arm = runs[place]
+        if arm["name"] not in chosen and not there[place]:
             continue
         cifar10.check_folder(out)
-        rows.append(make_row(arm, seed, folder, out, flags, arguments.data, arm["name"] not in kept))
+        rows[place] = make_row(arm, seed, folder_of(name, arm, seed), out, flags, arguments.data,
+                               arm["name"] not in kept)
         kept.add(arm["name"])
         write_record(arguments.study, out)
-        table = write_results(out, study, rows)
+        table = write_results(out, study, [row for row in rows if row])
+    rows = [row for row in rows if row]
     if not rows:
         raise FileNotFoundError(f"no run of {name} is finished")
     print(markdown_of(table) + f"\nwritten: {out}/runs.csv, table.csv, table.md, accuracy.png")

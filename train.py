@@ -81,7 +81,7 @@ FLIPS = "random"              # an image is mirrored by a draw
 # FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
 
 # ---- settings of the run; techniques declare theirs in their own files, those of pruning are of train_pruning.py
-UNMIXED = (("mix_probability", 0),)
+UNMIXED = (("mix_probability", 0), ("mix_alpha", 0))
 SETTINGS = joined({
     "dataset": Setting("cifar10", cifar10.HELP),
     "data": Setting("data", "folder of the data set's files", free=True),
@@ -94,9 +94,10 @@ SETTINGS = joined({
     "seed": Setting(0, "of weights, shuffling, augmentation and mixing", low=0, high=2**63 - 1, fixed=True),
     "mixing": line("cutmix", (*MIXINGS, "none"), unless=UNMIXED),
     **only("mixing", MIXINGS, {
-        "mix_probability": Setting(0.5, "share of the batches, or images, that are mixed", low=0, high=1),
+        "mix_probability": Setting(0.5, "share of the batches, or images, that are mixed", low=0, high=1,
+                                   unless=UNMIXED[1:]),
         "mix_alpha": Setting(1.0, "shares of two images are drawn from Beta(alpha, alpha)", low=0,
-                             unless=UNMIXED),
+                             unless=UNMIXED[:1]),
         "mix_per_sample": Setting(False, "each image is mixed with its own draw", unless=UNMIXED),
     }),
     "averaging": line("ema", ("ema", "none")),

@@ -67,13 +67,16 @@ def why_eager(wanted, images):
     return None
 
 
-def choose_arithmetic(wanted, model, images, device):
+def choose_arithmetic(wanted, model, images, device, began=None):
     """torch.bfloat16 or torch.float32: what forward and backward passes compute in. Weights stay float32.
 
     wanted: "float32", "bfloat16", or "auto": bfloat16 on CUDA, and on a CPU that has
     instructions for it where the run trains on enough `images` and the network has
-    no depthwise convolutions, which are slower so.
+    no depthwise convolutions, which are slower so. began: of a run that goes on, what it
+    computed in so far; auto stays there, unless this CPU would only simulate it.
     """
+    if wanted == "auto" and began and (began == "float32" or device.type != "cpu" or has_bfloat16()):
+        wanted = began
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda":

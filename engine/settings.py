@@ -135,13 +135,18 @@ def default_text(setting):
 
 def check(table, settings):
     """ValueError with the accepted range, the choices or the type for the first setting that is out of them."""
-    for name, setting in table.items():
-        check_value(setting, settings[name], f"{name} {settings[name]!r}", flag_of(name, settings[name]))
+    check_each(table, settings, table)
     for name, setting in table.items():
         for own, other, values, why in setting.clashes:
             value, theirs = settings[name], settings[other]
             if theirs in values and (value in own if own else value != setting.default):
                 raise ValueError(f"{flag_of(name, value)} does not go with {flag_of(other, theirs)}, {why}")
+
+
+def check_each(table, settings, names):
+    """The part of `check` for settings of these names, each by itself."""
+    for name in names:
+        check_value(table[name], settings[name], f"{name} {settings[name]!r}", flag_of(name, settings[name]))
 
 
 def check_value(setting, value, told, flagged=None, line=False):

@@ -174,6 +174,8 @@ def settings_of(study, arm, seed):
     script, flags = command_of(study, arm, seed)
     given, lines = given_flags(script, flags)
     table = SCRIPTS[script].SETTINGS
+    given |= {name: f"{given[name]}/model.pt" for name in ("teacher", "start")      # as `checkpoint.find` has a folder
+              if given.get(name) and Path(given[name]).is_dir()}
     settings = experiment.fresh_settings(script, table, lines, train.RECIPES, {**given, "seed": seed})
     experiment.check_settings(table, settings)
     return settings

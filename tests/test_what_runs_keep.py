@@ -1,0 +1,210 @@
+"""What holds of a run when it goes on, is measured or is told of later: arithmetic, numbers, settings, folders."""
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from sample_runs import SMALL, Stop, history_of, resume, stop_after_a_save
+from test_study import call_here, study_file
+
+import experiment
+import profil
+import report
+import study
+import test as half_test
+import train
+import train_pruning
+from engine import checkpoint, compiling, run_files
+from studies import study_file as studied
+
+QUICK = [*SMALL, "--model", "lenet5-student", "--mixing", "none"]
+
+
+def part_of(out, *flags, epochs=1):
+    """A run of train_pruning.py in `out` that was stopped after so many epochs."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after_a_save(patch)
+        for epoch in range(epochs):
+            with pytest.raises(Stop):
+                train_pruning.main(["--resume", "--out", str(out)] if epoch else [*QUICK, *flags, "--out", str(out)])
+    return out
+
+
+# ---- an L1 cycle, which ends with a network that it refuses
+
+@pytest.fixture(scope="module")
+def cycle(tmp_path_factory):
+    """An L1 cycle, tested and profiled, whose last step was refused."""
+    folder = tmp_path_factory.mktemp("cycle")
+    (folder / "cycle.json").write_text(json.dumps({"finetuning_epochs": 1, "pruning_percent_step": 0.9,
+                                                   "pruning_standard_deviation_part": 0}))
+    train_pruning.main([*shlex.split("--dataset digits --limit 300 --batch-size 32 --compile off --device cpu "
+                                     "--mixing none --model lenet5-student --pruning l1_cycle --epochs 6 --lr 0.05"),
+                        "--finetune-lr", "0.001", "--cycle", str(folder / "cycle.json"), "--out", str(folder / "run")])
+    for script in (half_test, profil):
+        script.main(["--checkpoint", str(folder / "run" / "model.pt")])
+    return folder / "run"
+
+
+def test_the_numbers_of_a_cycle_are_those_of_the_network_that_it_kept(cycle, tmp_path, capsys):
+    kept = checkpoint.read(cycle / "model.pt")["epochs"]
+    assert kept < len(history_of(cycle))                                    # else this test shows nothing
+    report.main([str(cycle), "--out", str(tmp_path)])
+    assert "left out" not in capsys.readouterr().err
+    expected = float(history_of(cycle)[kept - 1]["validation_accuracy"])
+    measured = json.loads((cycle / "report.json").read_text())["test"]["accuracy"]
+    for folder in (cycle, tmp_path / "run"):                                # and its copy, beside which is no network
+        run = report.read_run(folder)
+        assert (run["validation_accuracy"], run["test_accuracy"]) == (expected, measured)
+        assert run["nonzero"] is not None
+
+
+def test_a_cycle_measured_before_it_went_on_is_told(cycle, tmp_path):
+    folder = shutil.copytree(cycle, tmp_path / "run")
+    checkpoint.save(folder / "model.pt", {**checkpoint.read(folder / "model.pt"), "epochs": 1})
+    assert "does not hold any more" in run_files.outdated(folder)["test"]
+
+
+# ---- arithmetic
+
+@pytest.mark.parametrize("began, native, expected", [("bfloat16", True, "bfloat16"), ("float32", True, "float32"),
+                                                     ("bfloat16", False, "float32"), (None, True, "float32")])
+def test_a_run_goes_on_in_the_arithmetic_in_which_it_began(began, native, expected, tmp_path, monkeypatch):
+    out = part_of(tmp_path / "run", "--epochs", "1", "1", "--sparsity", "0.5")
+    monkeypatch.setattr(compiling, "has_bfloat16", lambda: native)
+    state = checkpoint.read(out / "last.pt")
+    assert state["arithmetic"] == "float32"
+    checkpoint.save(out / "last.pt", {**state, "arithmetic": began})
+    resume(out)
+    assert checkpoint.read(out / "last.pt")["arithmetic"] == expected
+
+
+# ---- values and moments of pruning
+
+@pytest.mark.parametrize("flags", ["--pruning polynomial --epochs 5 -1 3", "--pruning constant --epochs 0 0 3",
+                                   "--pruning filters --epochs 5 -1 3", "--pruning l1_cycle --epochs 5 0"])
+def test_each_of_the_epochs_that_one_round_takes_is_checked(flags, tmp_path):
+    with pytest.raises(ValueError, match="--epochs .*: each must be at least 1"):
+        train_pruning.main([*QUICK, *flags.split(), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_of_the_sparsities_that_a_run_goes_on_with_is_checked(tmp_path):
+    out = part_of(tmp_path / "run", "--pruning", "polynomial", "--epochs", "1", "1", "2")
+    with pytest.raises(ValueError, match="--sparsity 2.0 1.9: each must be at least 0 and below 1"):
+        resume(out, "--force", "--sparsity", "2", "1.9", "--epochs", "1", "1", "2")
+
+
+@pytest.mark.parametrize("first, done, late", [
+    ("--pruning polynomial --epochs 6 --sparsity 0.5 --prune-end 0.5", 4, "--sparsity 0.9"),
+    ("--pruning polynomial --epochs 6 --sparsity 0.5 --prune-end 0.5", 4, "--score lamp"),
+    ("--epochs 1 2 --sparsity 0.5", 2, "--macs 100000"), ("--epochs 1 2 --sparsity 0.5", 2, "--exclude conv1")])
+def test_what_the_last_pruning_would_have_read_comes_too_late_behind_it(first, done, late, tmp_path):
+    out = part_of(tmp_path / "run", *first.split(), epochs=done)
+    before = (out / "last.pt").read_bytes()
+    with pytest.raises(ValueError, match=f"{late} comes too late: the last pruning of this run is over"):
+        resume(out, "--force", *late.split())
+    assert (out / "last.pt").read_bytes() == before
+
+
+def test_what_the_last_pruning_reads_may_change_before_it(tmp_path):
+    out = part_of(tmp_path / "run", *shlex.split("--pruning polynomial --epochs 6 --sparsity 0.5 --prune-end 0.5"),
+                  epochs=3)
+    resume(out, "--force", "--sparsity", "0.9")
+    assert float(history_of(out)[-1]["sparsity"]) == pytest.approx(0.9, abs=0.001)
+
+
+def test_a_budget_that_a_later_search_cannot_keep_is_refused_before_training(tmp_path):
+    flags = shlex.split("--dataset digits --compile off --device cpu --mixing none --pruning morphnet --epochs 5 5 12")
+    with pytest.raises(ValueError, match="a budget of .* is below"):
+        train_pruning.main([*flags, "--morph-budget", "0.05", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+    train_pruning.main([*flags, "--morph-budget", "0.06", "--dry-run", "--out", str(tmp_path / "run")])
+
+
+# ---- tables
+
+def test_a_run_older_than_a_setting_shares_the_row_of_its_method(tmp_path):
+    for seed in (0, 1):
+        train.main([*QUICK, "--epochs", "1", "--seed", str(seed), "--out", str(tmp_path / f"s{seed}")])
+    config = json.loads((tmp_path / "s0" / "config.json").read_text())
+    for name in ("finetune_lr", "optimizer", "flips"):
+        del config["settings"][name]
+    (tmp_path / "s0" / "config.json").write_text(json.dumps(config))
+    report.main([str(tmp_path / "s0"), str(tmp_path / "s1"), "--out", str(tmp_path / "out")])
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert table["n"].tolist() == [2] and "optimizer" not in table["other_settings"][0]
+
+
+def test_an_arm_whose_teacher_is_a_folder_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "call", call_here)
+    arms = [{"group": "g", "name": name, "run": f"train.py --mixing none --model lenet5{more}"} for name, more in
+            (("teacher", ""), ("student", "-student --teacher runs/small-teacher-s{seed}"))]
+    path = study_file(tmp_path, seeds=[0], arms=arms)
+    for flags in ([], ["--finished"], []):
+        study.main([str(path), *flags])
+        assert pd.read_csv("results/small/table.csv")["n"].tolist() == [1, 1]
+    stored = run_files.read_config(Path("runs/small-student-s0"))["settings"]["teacher"]
+    assert stored == "runs/small-teacher-s0/model.pt" == studied.settings_of(
+        studied.read_study(path), {"name": "student", "run": arms[1]["run"]}, 0)["teacher"]
+
+
+@pytest.mark.parametrize("left", ["last.pt.partial", "views.pt.partial", "config.json.partial"])
+def test_an_arm_that_was_killed_in_its_first_save_begins_again(left, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "call", call_here)
+    folder = tmp_path / "runs" / "small-a-s0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"settings": {}}')
+    (folder / left).write_bytes(b"x")
+    study.main([str(study_file(tmp_path, seeds=[0], arms=[
+        {"group": "g", "name": "a", "run": "train.py --mixing none --model lenet5"}]))])
+    assert pd.read_csv("results/small/table.csv")["n"].tolist() == [1]
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_new_arm_leaves_the_rows_of_the_others_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "call", call_here)
+    arms = [{"group": "g", "name": name, "run": f"train.py --mixing none --model lenet5 --lr {lr}"}
+            for name, lr in (("a", 0.1), ("b", 0.05))]
+    study.main([str(study_file(tmp_path, seeds=[0, 1], arms=arms[:1]))])
+    tables, write = [], study.write_results
+    monkeypatch.setattr(study, "write_results", lambda *given: tables.append(write(*given)) or tables[-1])
+    study.main([str(study_file(tmp_path, seeds=[0, 1], arms=arms))])
+    assert [table["n"].tolist() for table in tables[1:]] == [[2], [2, 1], [2, 2]]
+    assert pd.read_csv("results/small/runs.csv")[["arm", "seed"]].to_numpy().tolist() == [
+        ["a", 0], ["b", 0], ["a", 1], ["b", 1]]
+
+
+# ---- flags that change nothing
+
+def started(out, flags):
+    """A run of train.py, about to train."""
+    return experiment.start(train.__file__, "", train.SETTINGS, train.RECIPES,
+                            [*QUICK, *shlex.split(flags), "--out", str(out)])
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--mixing cutout --mix-alpha 0.3", "--mix-alpha 0.3 changes nothing: Cutout mixes no two images"),
+    ("--mixing mixup --mix-alpha 0", "--mixing mixup changes nothing beside --mix-alpha 0"),
+    ("--mixing mixup --mix-alpha 0 --mix-per-sample", "--mix-per-sample changes nothing beside --mix-alpha 0"),
+    ("--mixing cutout --mix-alpha 0", "--mixing cutout changes nothing beside --mix-alpha 0"),
+    ("--model resnet18 --groups 1 --no-shuffle", "--no-shuffle changes nothing: one group has nothing to interleave"),
+    ("--teacher {teacher} --distillation-weight 1 --label-smoothing 0.3",
+     "--label-smoothing 0.3 changes nothing: with --distillation-weight 1 the labels have no part in the loss")])
+def test_a_flag_that_changes_nothing_is_told(flags, told, tmp_path, capsys):
+    if "{teacher}" in flags:
+        train.main([*QUICK, "--out", str(tmp_path / "teacher")])
+    started(tmp_path / "run", flags.format(teacher=tmp_path / "teacher" / "model.pt"))
+    assert f"note: {told}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--mixing mixup --mix-alpha 0.3", "--label-smoothing 0.3",
+                                   "--model resnet18 --groups 2 --no-shuffle"])
+def test_and_one_that_changes_something_is_not(flags, tmp_path, capsys):
+    started(tmp_path / "run", flags)
+    assert "changes nothing" not in capsys.readouterr().err
