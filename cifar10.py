@@ -15,10 +15,8 @@ normalises each sample there, so that no worker process is needed. People with a
 loop of their own take `loaders`: torchvision transforms and DataLoaders over the
 same splits.
 """
-import contextlib
 import hashlib
 import io
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine import originals, pictures
+from engine import files, originals, pictures
 
 
 class Kind(NamedTuple):
@@ -235,15 +233,12 @@ def read_digits():
 
 def write_npz(path, data):
     """Write `data` for the next start: whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}.partial.npz")       # two processes may write at once
+    held = io.BytesIO()
+    np.savez(held, **data._asdict())
     try:
-        np.savez(partial, **data._asdict())
-        os.replace(partial, path)
-    except OSError as problem:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        print(f"note: {path} was not written ({problem.strerror}); the next start reads the original files again",
-              file=sys.stderr)
+        files.write(path, held.getvalue())
+    except RuntimeError as problem:
+        print(f"note: {problem}; the next start reads the original files again", file=sys.stderr)
 
 
 def split(data, validation=0.1, limit=None):
@@ -258,6 +253,18 @@ def split(data, validation=0.1, limit=None):
         raise ValueError(f"{len(order)} training images: one is needed to train and one to validate")
     cut = len(order) - max(1, int(len(order) * validation))
     return order[:cut][:limit], order[cut:][:limit]
+
+
+def some(images, labels, limit=None):
+    """At most `limit` images and their labels, (N, H, W, C) and (N,); all where it is None.
+
+    The first ones, or where they stand class by class, as those of a folder do, ones of a fixed permutation.
+    """
+    if limit is None or limit >= len(labels):
+        return images, labels
+    by_class = bool((np.diff(labels.astype(np.int64)) >= 0).all())
+    chosen = np.random.RandomState(0).permutation(len(labels))[:limit] if by_class else slice(limit)
+    return images[chosen], labels[chosen]
 
 
 class Batches:
@@ -382,6 +389,6 @@ def loaders(data, dataset, batch_size=32, workers=0, limit=None):
     plain, moved = transforms.Compose(plain), transforms.Compose(moved + mirrored + plain)
     check_batch_fits(batch_size, len(train))
     sets = (Split(data.x_train, data.y_train, moved, train), Split(data.x_train, data.y_train, plain, validation),
-            Split(data.x_test[:limit], data.y_test[:limit], plain))
+            Split(*some(data.x_test, data.y_test, limit), plain))
     return tuple(torch.utils.data.DataLoader(images, batch_size, shuffle=images is sets[0],
                                              drop_last=images is sets[0], num_workers=workers) for images in sets)

@@ -140,7 +140,8 @@ def room_for(target):
 def parse(argv):
     """The flags of this script."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", help="a run's folder, model.pt or last.pt (the newest run's)")
+    parser.add_argument("--checkpoint", help="a run's folder, model.pt or last.pt (the newest run's, "
+                        "else the ResNet-18 that ships)")
     parser.add_argument("--out", required=True, help=f"the file to write; it ends in {', '.join(FORMATS)}")
     parser.add_argument("--dataset", help="its images, where they are not as the checkpoint says")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
@@ -172,7 +173,7 @@ def main(argv):
     print(f"{source}: {before:,} bytes -> {target}: {after:,} bytes, {before / after:.1f} times smaller"
           + (f"; {removed:,} dead channels removed" if removed else ""))
     if not arguments.no_compare:
-        batches = cifar10.Batches(data.x_test[:arguments.limit], data.y_test[:arguments.limit], 250, kind)
+        batches = cifar10.Batches(*cifar10.some(data.x_test, data.y_test, arguments.limit), 250, kind)
         largest, changed, count = compare(model, forward, batches)
         print(f"largest difference of a logit {largest:.3g}, {changed:,} of {count:,} predictions changed")
 

@@ -11,6 +11,7 @@ faster too. These functions fit into any loop; `reduce_network` does a whole
 network of this project. `Pruner` is the other way round: it removes the filters
 of smallest L1 norm, fine-tunes, and goes on while the validation loss allows it.
 """
+import math
 import time
 from pathlib import Path
 
@@ -74,7 +75,12 @@ def relative_reduce(weights, threshold_ratio, norm):
     """`absolute_reduce` with the threshold at a share in [0, 1) of the largest norm, so that no layer can vanish."""
     if not 0 <= threshold_ratio < 1:
         raise ValueError(f"threshold ratio {threshold_ratio} is outside [0, 1)")
-    return absolute_reduce(weights, threshold_ratio * norm.max().item(), norm)
+    if not len(norm):
+        return absolute_reduce(weights, 0.0, norm)
+    largest = norm.max()                  # a ratio near 1 must not round up to it
+    below = torch.nextafter(largest, torch.zeros_like(largest)).item()
+    keep = absolute_reduce(weights, min(threshold_ratio * largest.item(), below), norm)
+    return keep if len(keep) else norm.argmax().view(1)            # of a layer of zeros
 
 
 def relative_reduce_1D(weights, threshold_ratio):      # noqa: N802  (the published name)
@@ -174,7 +180,7 @@ def read_given(config):
     try:
         given = config if isinstance(config, dict) else files.parse_json(Path(config).read_text())
         named = {SPELLINGS.get(name, name): value for name, value in given.items()}
-    except (ValueError, AttributeError) as problem:
+    except (ValueError, AttributeError, RecursionError) as problem:
         raise ValueError(f"{config} is no JSON object of settings: {problem}") from None
     if len(named) < len(given):
         both = " and ".join(name for pair in SPELLINGS.items() for name in pair)
@@ -263,6 +269,22 @@ class Pruner:
         weak = torch.zeros(len(norms), dtype=torch.bool)
         weak[lowest] = norms[lowest] < limit_of(norms, self.settings)
         return weak
+
+    def refuse_idle(self, model):
+        """ValueError where no step can remove a filter of any layer, whatever the norms are.
+
+        A step takes a whole number of filters from each group of a layer and keeps its width a multiple of round_to.
+        """
+        share, round_to = self.settings["pruning_percent_step"], self.settings["round_to"]
+        widths = {space["name"]: len(model.get_submodule(space["name"]).weight) for space in self.check(model)}
+        for space in self.check(model):
+            width, groups = widths[space["name"]], int(shrinking.partitions(model, space)[0].max()) + 1
+            unit = math.lcm(round_to, groups)
+            if (width % unit or unit) <= int(share * width) and width > unit:
+                return
+        raise ValueError(f"pruning_percent_step {share} and round_to {round_to} of --cycle remove nothing: no layer of "
+                         f"{', '.join(f'{name} ({width})' for name, width in widths.items())} can lose so many filters "
+                         "in a step; raise the first, or lower the second")
 
     def norms(self, model):
         """{layer: (C,) L1 norms of its filters}, of the layers that are pruned."""

@@ -73,7 +73,7 @@ def parse(argv):
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("pictures", nargs="+", help="files or folders")
     parser.add_argument("--checkpoint", help="a run's folder or file, a compact, safetensors or ONNX file (the newest "
-                        "run's)")
+                        "run's, else the ResNet-18 that ships)")
     parser.add_argument("--dataset", help="whose classes the network tells, where its file does not say (cifar10)")
     parser.add_argument("--background", default="white", help="colour behind what is transparent: a name or #rrggbb "
                         "(white)")
@@ -107,7 +107,7 @@ def main(argv):
         for picture, problem in wrong:
             print(json.dumps({"picture": picture, "error": problem}))
     if wrong:
-        raise ValueError("; ".join(problem for _, problem in wrong))
+        raise ValueError("; ".join(dict.fromkeys(problem for _, problem in wrong)))
 
 
 if __name__ == "__main__":

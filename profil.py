@@ -242,10 +242,11 @@ def write_rows(path, rows):
 def parse(argv):
     """The flags of this script."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", help="a run's model.pt or last.pt, or a compact file (the newest run's)")
+    parser.add_argument("--checkpoint", help="a run's folder or file, or a compact file (the newest "
+                        "run's, else the ResNet-18 that ships)")
     parser.add_argument("--model", metavar="NETWORK", help="an untrained network instead, by name")
     parser.add_argument("--dataset", help="whose images it takes (those it was trained on; untrained: cifar10)")
-    parser.add_argument("--groups", type=int, default=8, help="of the untrained network")
+    parser.add_argument("--groups", type=int, help="of the untrained network (8)")
     parser.add_argument("--classes", type=int, help="of the untrained network (the data set's)")
     parser.add_argument("--bits", type=int, nargs="+", default=[16], help="of weights, and of activations (16)")
     parser.add_argument("--csv", help="write the table by layer to this file")
@@ -258,6 +259,9 @@ def parse(argv):
         raise ValueError(f"--classes {arguments.classes}: a network tells one class apart at least")
     if arguments.model and arguments.checkpoint:
         raise ValueError("--model and --checkpoint exclude each other: one network is profiled")
+    for name in ("groups", "classes"):
+        if getattr(arguments, name) is not None and not arguments.model:
+            raise ValueError(f"--{name} is of an untrained network: give its name with --model, or leave it out")
     if arguments.model:
         arguments.dataset = arguments.dataset or "cifar10"
     return arguments
@@ -266,7 +270,9 @@ def parse(argv):
 def untrained(arguments):
     """The network that --model names, for images and classes of --dataset."""
     architecture = architecture_of({**DEFAULTS, "dataset": arguments.dataset, "model": arguments.model,
-                                    "groups": arguments.groups, "shuffle": True})
+                                    "groups": 8 if arguments.groups is None else arguments.groups, "shuffle": True})
+    if arguments.groups is not None and "groups" not in architecture:
+        raise ValueError(f"--groups {arguments.groups}: {arguments.model} has no groups; leave it out")
     model = build(**architecture | ({"num_classes": arguments.classes} if arguments.classes else {}))
     check_batch(model, arguments.model, 2, image_shape(cifar10.kind_of(arguments.dataset)))
     with torch.no_grad():                 # one that starts with zeros in its weights does not keep them
@@ -281,6 +287,9 @@ def main(argv):
     arguments = parse(argv)
     if arguments.csv:
         run_files.refuse_own("--csv", arguments.csv)
+        if Path(arguments.csv).is_dir():
+            raise ValueError(f"--csv {arguments.csv} is a folder; name a file")
+        cifar10.check_folder(Path(arguments.csv).parent)
     if arguments.model:
         model, source = untrained(arguments), "untrained"
         dataset = "cifar100" if (arguments.dataset, arguments.classes) == ("cifar10", 100) else arguments.dataset

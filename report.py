@@ -41,6 +41,7 @@ def read_run(folder):
     config, report = run_files.read_config(folder), run_files.read_report(folder)
     settings, history = config["settings"], run_files.read_history(folder, COLUMNS_OF_HISTORY)
     test, profile = report["test"], report["profile"]
+    sizes = test.get("bytes") or {}
     return {"run": folder.resolve().name, "folder": folder, "dataset": settings["dataset"],
             "network": network_of(config["architecture"]),
             "epochs": "+".join(map(str, history.groupby("round").size())),
@@ -56,7 +57,7 @@ def read_run(folder):
             "parameters": profile.get("parameters"), "nonzero": profile.get("nonzero"),
             "parameters_removed": profile.get("parameters_removed"), "macs": profile.get("macs"),
             "macs_removed": profile.get("macs_removed"), "score_course": profile.get("score_course"),
-            "bytes": (test.get("bytes") or {}).get("compressed"), "history": history, "layers": profile.get("layers"),
+            "bytes": sizes.get("packed", sizes.get("compressed")), "history": history, "layers": profile.get("layers"),
             "seed": settings["seed"], "started": config.get("started")}
 
 

@@ -136,7 +136,8 @@ def check_pruning(settings, model, masks, round_, steps, shape):
     if how == "filters" and not filter_pruning.trained_spaces(model):
         raise ValueError(f"--pruning filters: {settings['model']} has no layer that can lose filters")
     if how == "l1_cycle":
-        filter_pruning.Pruner(settings["cycle_settings"]).check(model)
+        pruner = filter_pruning.Pruner(settings["cycle_settings"])
+        pruner.check(model) if round_ else pruner.refuse_idle(model)
     if how == "morphnet":
         morphnet.refuse_fixed_scales(model, settings["model"])
         search = start_search(settings, round_, model, shape)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import cifar10
 import quantization
 from deploy import integer_inference
-from engine import checkpoint, commandline, compiling, files, packing, run_files
+from engine import checkpoint, commandline, compiling, files, packing, run_files, shrinking
 from networks import data_of, load_network
 from train import find_checkpoint, predict
 
@@ -29,7 +29,7 @@ def test_network(model, data, kind, precision, device, batch_size=500, limit=Non
     a (K, K) list: images of class row that were taken for class column.
     """
     dtype, note = quantization.set_precision(model, precision, device)
-    batches = cifar10.Batches(data.x_test[:limit], data.y_test[:limit], batch_size, kind, device)
+    batches = cifar10.Batches(*cifar10.some(data.x_test, data.y_test, limit), batch_size, kind, device)
     model.to(memory_format=torch.channels_last)            # as the batches are
     predict(model, ((images.to(dtype), labels) for images, labels in islice(batches, 1)), device)     # warms up
     compiling.synchronise(device)
@@ -51,30 +51,34 @@ def test_network(model, data, kind, precision, device, batch_size=500, limit=Non
             "classes": classes, "confusion": confusion.tolist()}
 
 
-def bytes_of(path, model, network):
+def bytes_of(path, network):
     """`sizes_of` a network, of few bits packed too, and of a file that was exported its own.
 
-    That alone where it was read from such a file.
+    That alone where it was read from such a file. Compressed and packed are as export.py writes them.
     """
     if "integers" in network:
         return {"packed": os.path.getsize(path)}
     structure = {name: network[name] for name in ("architecture", "widths", "dataset", "kind") if name in network}
-    sizes = sizes_of({**structure, "weights": network["weights"]})
+    model, _ = load_network(path)        # as it is: the one that was tested is in another precision
+    shrinking.remove_dead(model)
+    exported = {**structure, **checkpoint.network_of(quantization.to_grid(model), network["architecture"])}
+    sizes = sizes_of({**structure, "weights": network["weights"]}, exported)
     if quantization.bits_of(model):
         with files.noted():          # sums beyond what integers hold: the accuracy counts
-            sizes["packed"] = len(integer_inference.packed_bytes(model.cpu(), structure))
+            del exported["weights"]
+            sizes["packed"] = len(integer_inference.packed_bytes(model, exported))
     return sizes if str(path).endswith(".pt") else {"file": os.path.getsize(path), **sizes}
 
 
-def sizes_of(network):
-    """Bytes of the network as a file on disk: in float32, in half precision, and compact (`packing.compact`)."""
+def sizes_of(network, exported):
+    """Bytes of the network as a file on disk: in float32, in half precision, and compact, as it is exported."""
     singles = {name: tensor.float() if tensor.is_floating_point() else tensor
                for name, tensor in network["weights"].items()}
     sizes = {"float32": len(checkpoint.bytes_of({**network, "weights": singles}))}
     with files.noted():              # a weight beyond what half precision holds: the other sizes count
         halves = packing.to_half(network["weights"])
         sizes |= {"half": len(checkpoint.bytes_of({**network, "weights": halves})),
-                  "compressed": len(checkpoint.compact_bytes(network))}
+                  "compressed": len(checkpoint.compact_bytes(exported))}
     return sizes
 
 
@@ -118,7 +122,8 @@ def print_result(result):
 def parse(argv):
     """The flags of this script."""
     parser = commandline.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", help="a run's folder or file, or a compact file (the newest run's)")
+    parser.add_argument("--checkpoint", help="a run's folder or file, or a compact file (the newest "
+                        "run's, else the ResNet-18 that ships)")
     parser.add_argument("--precision", choices=list(quantization.DTYPES), default="half")
     parser.add_argument("--dataset", help="(the one it was trained on)")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
@@ -149,7 +154,7 @@ def main(argv):
     data = cifar10.load(dataset, arguments.data, kind.classes)
     result = {"checkpoint": str(path), "dataset": dataset, "device": commandline.device_name(device),
               **test_network(model, data, kind, arguments.precision, device, arguments.batch_size, arguments.limit),
-              "bytes": bytes_of(path, model, network)}
+              "bytes": bytes_of(path, network)}
     print(json.dumps(result)) if arguments.json else print_result(result)
     of_run = run_files.is_result(path) and dataset == network["dataset"] and not arguments.limit
     picture = arguments.picture or (path.parent / "confusion.png" if of_run else None)

@@ -94,7 +94,7 @@ def time_form(form, path, shape, repeats, seconds):
             times = compiling.time_repeats(forward, images, repeats, seconds, device)[1]
     except (ImportError, ValueError, RuntimeError) as problem:
         return {"not_run": str(problem).strip().splitlines()[0]}
-    return {"milliseconds": compiling.spread([1000 * each for each in times])}
+    return {"milliseconds": compiling.spread([1000 * each for each in times]), "repeats": len(times)}
 
 
 @torch.inference_mode()
@@ -114,7 +114,7 @@ def measure(name, source, folder, data, arguments):
         path = Path(folder) / f"network{ending}"
         if ending not in accuracies:
             write_form(source, path, arguments.data)
-            batches = cifar10.Batches(data.x_test[:arguments.limit], data.y_test[:arguments.limit], 250, kind)
+            batches = cifar10.Batches(*cifar10.some(data.x_test, data.y_test, arguments.limit), 250, kind)
             accuracies[ending] = None if name == DENSE else test_form(form, path, batches)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             timed = pool.apply(time_form, (form, path, (kind.shape[-1], *kind.shape[:2]), arguments.repeats,
@@ -184,7 +184,7 @@ def draw(path, rows):
 
 def parse(argv):
     """The flags of this script."""
-    parser = commandline.Parser(description=__doc__.splitlines()[0])
+    parser = commandline.Parser(prog="benchmark.py deployment", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="+", help="trained networks of one data set, each a path or NAME=PATH")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--limit", type=int, help="test on so many images (all)")
@@ -193,8 +193,8 @@ def parse(argv):
     parser.add_argument("--json", help="write the numbers to this file, a table (.md) and a plot (.png) beside it")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
-    if arguments.repeats < 1 or not arguments.seconds > 0:
-        raise ValueError("--repeats must be at least 1, --seconds above 0")
+    if arguments.repeats < 1 or not 0 < arguments.seconds < 3600:
+        raise ValueError("--repeats must be at least 1, --seconds above 0 and below 3600")
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit {arguments.limit}: at least 1 test image is needed")
     return arguments
@@ -211,7 +211,7 @@ def main(argv):
                          "they must be of one data set and have a name each (NAME=PATH)")
     arguments.dataset = datasets.pop()
     if arguments.json:
-        run_files.check_target(arguments.json, given.values())         # before minutes of measuring
+        run_files.check_target(arguments.json, given.values(), (".md", ".png"))         # before minutes of measuring
     _, kind = networks.data_of(*states[0])
     data, rows = cifar10.load(arguments.dataset, arguments.data, kind.classes), []
     with tempfile.TemporaryDirectory() as folder:

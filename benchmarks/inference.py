@@ -160,7 +160,7 @@ def main(argv):
     arguments = parse(argv)
     where = commandline.device_name(commandline.pick_device(arguments.device))
     if arguments.json:
-        run_files.check_target(arguments.json)         # before minutes of measuring
+        run_files.check_target(arguments.json, beside=(".md", ".png"))         # before minutes of measuring
     rows = measure_inference(arguments)
     if arguments.json:
         path, content = Path(arguments.json), {"device": where, "torch": torch.__version__,

@@ -97,7 +97,7 @@ def draw(path, rows):
 
 def parse(argv):
     """The flags of this script."""
-    parser = commandline.Parser(description=__doc__.splitlines()[0])
+    parser = commandline.Parser(prog="benchmark.py overview", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="data", help="folder of CIFAR-10's files (data)")
     parser.add_argument("--out", default="results", help="folder of what is written (results)")
     parser.add_argument("--draw", action="store_true", help="measure nothing, write table and picture again")

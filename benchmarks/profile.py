@@ -117,7 +117,7 @@ def print_summary(summary):
 
 def parse(argv):
     """The flags of this script."""
-    parser = commandline.Parser(description=__doc__.splitlines()[0])
+    parser = commandline.Parser(prog="benchmark.py profile", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="cifar10", help="that training reads")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--steps", type=int, default=20, help="training steps that are recorded (20)")

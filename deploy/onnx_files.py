@@ -72,13 +72,20 @@ def open_network(path, threads=None):
         raise FileNotFoundError(f"there is no file at {path}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4           # what fails is told in one line of our own
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as problem:             # its errors have no common type
         raise ValueError(f"{path} is no ONNX network that can be read: {str(problem).splitlines()[0]}") from None
     name = session.get_inputs()[0].name
-    return (lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])), state_of(path, session)
+
+    def forward(images):
+        try:
+            return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+        except Exception as problem:
+            raise ValueError(f"{path} cannot take images of {' x '.join(map(str, images.shape[1:]))}: "
+                             f"{str(problem).splitlines()[0]}") from None
+    return forward, state_of(path, session)
 
 
 def state_of(path, session):

@@ -39,14 +39,19 @@ def refuse_own(flag, path):
         raise ValueError(f"{flag} {path} is a file of the run in {path.parent}, which would be lost; name another file")
 
 
-def check_target(path, reads=()):
+def check_target(path, reads=(), beside=()):
     """ValueError where the numbers of --json cannot go to `path`; reads: the checkpoints that they come from.
 
-    It ends in .json, since a table and a plot may go beside it, and is no file that a run needs.
+    It ends in .json, since a table and a plot may go beside it, and is no file that a run needs. beside: the endings
+    of those; they are not written over where there are no such numbers yet, so that they are of something else.
     """
     if Path(path).suffix != ".json":
         raise ValueError(f"--json {path}: it must end in .json")
     refuse_own("--json", path)
+    other = next((other for ending in beside if (other := Path(path).with_suffix(ending)).exists()), None)
+    if other and not Path(path).exists():
+        raise ValueError(f"--json {path}: {other} would be written over, and there are no numbers that it is of; name "
+                         "another file")
     for read in reads:
         checkpoint.refuse_same(read, path, "--json")
     originals.check_folder(Path(path).parent)
@@ -132,7 +137,8 @@ def read_report(folder):
         report[name] = {}
     test, profile = report["test"], report["profile"]
     check(path, test, "accuracy", float, optional=True)
-    check(path, check(path, test, "bytes", dict, optional=True) or {}, "compressed", float, optional=True)
+    for form in ("compressed", "packed"):
+        check(path, check(path, test, "bytes", dict, optional=True) or {}, form, float, optional=True)
     for name in PROFILE:
         check(path, profile, name, float, optional=True)
     for layer in check(path, profile, "layers", list, optional=True) or ():

@@ -348,3 +348,15 @@ def test_digits_are_all_images_once_and_their_test_set_is_fixed():
     assert len({image.tobytes() for image in np.concatenate([data.x_train, data.x_test])}) == 1797
     assert list(data.y_train[:10]) == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5]
     assert list(data.y_test[:10]) == [7, 9, 4, 7, 0, 2, 6, 1, 3, 1]
+
+
+def test_a_cache_whose_writing_was_killed_leaves_nothing_beside_the_next_one(tmp_path, monkeypatch):
+    def fail(source, target):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cifar10.files.os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        cifar10.load("digits", tmp_path)
+    monkeypatch.undo()
+    data = cifar10.load("digits", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.npz"]
+    assert (cifar10.load("digits", tmp_path).x_train == data.x_train).all()

@@ -382,3 +382,42 @@ def test_cycle_by_its_line_goes_on_when_stopped(tmp_path, monkeypatch):
     assert (tmp_path / "whole" / "cycle.png").exists()
     plots = [{path.name for path in (tmp_path / out).glob("norms-*.png")} for out in ("whole", "parts")]
     assert plots[0] == plots[1] and {f"norms-{step}.png" for step in range(1, history[-1]["round"])} <= plots[0]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.99999999, 1 - 2**-53])
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-3, 1.0, 1e15])
+def test_no_ratio_below_1_takes_a_whole_layer(ratio, scale):
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(1.0, 13).view(3, 4) * scale)
+    kept = relative_reduce_layer(layer, ratio)
+    assert len(kept) and (scale in (0, 1e-40) or 2 in kept.tolist() and bool((layer.weight[2] != 0).any()))
+
+
+@pytest.mark.parametrize("model, cycle, told", [
+    ("resnet20", {"round_to": 8}, r"pruning_percent_step 0.05 and round_to 8 of --cycle remove nothing: .*\(16\)"),
+    ("lenet5", {"layers": ["conv1"]}, r"remove nothing: no layer of conv1 \(6\)"),
+    ("resnet18", {"layers": ["layer1.0.conv1"]}, r"layer1.0.conv1 \(64\) can lose so many")])       # 8 groups, 3 a step
+def test_a_cycle_that_can_remove_nothing_is_refused_before_training(model, cycle, told, tmp_path):
+    (tmp_path / "cycle.json").write_text(json.dumps(cycle))
+    with pytest.raises(ValueError, match=told):
+        train_pruning.main(shlex.split(f"--dataset digits --limit 64 --compile off --mixing none --model {model} "
+                                       f"--epochs 1 --pruning l1_cycle --cycle {tmp_path}/cycle.json "
+                                       f"--out {tmp_path}/run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("share, round_to, groups", [
+    (0.05, 1, 1), (0.2, 1, 8), (0.3, 16, 1), (0.13, 8, 8), (0.12, 8, 8), (0.25, 24, 1), (0.2, 24, 1)])
+def test_what_is_refused_is_what_no_step_removes(share, round_to, groups):
+    model = resnet_factorized.build("resnet18", groups=groups)
+    pruner = Pruner({"pruning_percent_step": share, "round_to": round_to, "layers": ["layer1.0.conv1"],
+                     "pruning_standard_deviation_part": 0})
+    pruner.weak = lambda norms: torch.isin(torch.arange(len(norms)), norms.argsort()[:int(share * len(norms))])
+    idle = False
+    try:
+        pruner.refuse_idle(model)
+    except ValueError:
+        idle = True
+    changed = pruner.step(model)
+    assert not (idle and changed) and (groups > 1 or bool(changed) != idle)       # groups: the weakest may be of one

@@ -301,3 +301,20 @@ def test_an_onnx_file_of_something_else_is_refused(tmp_path):
     torch.onnx.export(torch.nn.Linear(4, 2), (torch.zeros(1, 4),), tmp_path / "a.onnx", dynamo=False)
     with pytest.raises(ValueError, match="a.onnx is no classifier of images: it takes"):
         onnx_files.open_network(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("limit", [3, 6, None])
+def test_some_of_the_test_pictures_are_of_every_class(own, limit, capsys):
+    half_test.main(["--checkpoint", str(own.model), "--json", *(["--limit", str(limit)] if limit else [])])
+    images = [row["images"] for row in json.loads(capsys.readouterr().out)["classes"]]
+    assert sum(images) == (limit or 9) and max(images) < (limit or 10)         # the first three are of one class
+    data = cifar10.load(str(own.folder), "data")
+    chosen, labels = cifar10.some(data.x_test, data.y_test, limit)
+    for image, label in zip(chosen, labels, strict=True):
+        assert any((image == other).all() for other in data.x_test[data.y_test == label])
+
+
+def test_some_images_that_are_mixed_already_are_the_first():
+    labels = np.array([2, 0, 1, 1])
+    images, chosen = cifar10.some(labels[:, None], labels, 2)
+    assert chosen.tolist() == [2, 0] and images[:, 0].tolist() == [2, 0]

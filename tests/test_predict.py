@@ -75,3 +75,18 @@ def test_what_is_no_picture_is_one_clear_error(trained, tmp_path, digit_pictures
         predict.main([str(tmp_path / "empty"), *checkpoint])
     with pytest.raises(ValueError, match="--top 0"):
         predict.main([str(digit_pictures[0]), "--top", "0", *checkpoint])
+
+
+def test_a_network_of_another_origin_that_cannot_take_pictures_is_named(digit_pictures, tmp_path, capfd):
+    import onnx
+    from onnx import TensorProto, helper
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [3 * 64 * 64, 10], np.zeros(3 * 64 * 64 * 10))
+    graph = helper.make_graph(
+        [helper.make_node("Flatten", ["images"], ["flat"]), helper.make_node("MatMul", ["flat", "weight"], ["logits"])],
+        "g", [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, "height", "width"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 10])], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "f.onnx")
+    with pytest.raises(ValueError, match="f.onnx cannot take images of 3 x 32 x 32: ") as problem:
+        predict.main([str(digit_pictures[0]), "--checkpoint", str(tmp_path / "f.onnx")])
+    assert str(problem.value).count("cannot take") == 1 and "\n" not in str(problem.value)
+    assert "onnxruntime" not in capfd.readouterr().err

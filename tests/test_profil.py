@@ -167,3 +167,16 @@ def test_cifar100_is_scored_against_wide_resnet(capsys):
 def test_bad_flags_are_refused(flags, reason):
     with pytest.raises((ValueError, FileNotFoundError), match=reason):
         profil.main(flags)
+
+
+@pytest.mark.parametrize("flags, reason", [
+    (["--classes", "100"], "--classes is of an untrained network"), (["--groups", "4"], "--groups is of an untrained"),
+    (["--model", "lenet5", "--groups", "4"], "lenet5 has no groups"), (["--csv", "{folder}"], "is a folder"),
+    (["--csv", "{file}/x.csv"], "cannot write in")])
+def test_what_would_change_nothing_or_fail_late_is_refused(flags, reason, trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    flags = [flag.format(folder=tmp_path, file=tmp_path / "file") for flag in flags]
+    checkpoint = [] if "--model" in flags else ["--checkpoint", str(trained / "model.pt")]
+    with pytest.raises((ValueError, OSError), match=reason):
+        profil.main([*checkpoint, *flags])
+    assert capsys.readouterr().out == ""

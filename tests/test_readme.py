@@ -7,6 +7,10 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import networks
+from engine import operations
+from studies import study_file
+
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPT = re.compile(r"(?:python|torchrun --nproc-per-node \d+) (\w+)\.py\b(.*)")
@@ -165,3 +169,21 @@ def test_marked_tables_are_closed(page):
     marks = re.findall(r"<!-- (table \S+|end)", page.read_text())
     assert [mark.split()[0] for mark in marks] == ["table", "end"] * (len(marks) // 2)
     assert [mark for mark in marks[::2] if not (ROOT / mark.split()[1].rstrip(":")).exists()] == []
+
+
+# ---- what pages show beside results/
+
+def test_the_table_of_networks_counts_them_right():
+    section = (ROOT / "docs" / "training.md").read_text().split("\n## Networks\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([\w-]+)( --groups 1)?` \| ([\d,]+) \| ([\d,]+) \|", section, re.MULTILINE)
+    assert len(rows) == 11
+    for name, dense, parameters, macs in rows:
+        model = networks.build(name, num_classes=10, **({"groups": 1} if dense else {}))
+        assert f"{sum(weight.numel() for weight in model.parameters()):,}" == parameters
+        assert f"{operations.macs_of(model, (3, 32, 32)):,}" == macs
+
+
+def test_the_example_of_a_study_is_one(tmp_path):
+    text = (ROOT / "docs" / "results.md").read_text()
+    (tmp_path / "example.json").write_text(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+    assert len(study_file.read_study(tmp_path / "example.json")["arms"]) == 2

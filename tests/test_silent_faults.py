@@ -337,16 +337,6 @@ def test_published_recipe_refuses_flips_that_it_does_not_have(tmp_path):
         train.main([*SMALL, "--recipe", "published", "--flips", "alternating", "--out", str(tmp_path / "run")])
 
 
-def test_two_processes_write_a_data_set_under_names_of_their_own(tmp_path, monkeypatch):
-    names = []
-    monkeypatch.setattr(cifar10.np, "savez", lambda path, **arrays: names.append(path) or path.write_bytes(b"x"))
-    data = cifar10.read_digits()
-    for number in (1, 2):
-        monkeypatch.setattr(cifar10.os, "getpid", lambda number=number: number)
-        cifar10.write_npz(tmp_path / "digits.npz", data)
-    assert len(set(names)) == 2 and [path.name for path in tmp_path.iterdir()] == ["digits.npz"]
-
-
 # ---- flags that change nothing
 
 def test_a_flag_of_a_technique_that_is_off_is_told(tmp_path, capsys):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import cifar10
+import export
 import test as half_test
 from engine import checkpoint
+from networks import build as build_by_name
 from networks import load_network
 from resnet_factorized import build
 
@@ -57,7 +59,8 @@ def test_overflow_in_half_precision_is_refused():
 
 def test_sizes_are_those_of_files(trained, tmp_path):
     state = checkpoint.read(trained / "model.pt")
-    sizes = half_test.sizes_of({name: state[name] for name in ("architecture", "widths", "weights")})
+    network = {name: state[name] for name in ("architecture", "widths", "weights")}
+    sizes = half_test.sizes_of(network, network)
     weights = sum(tensor.numel() for tensor in state["weights"].values())
     assert 4 * weights < sizes["float32"] < 4 * weights * 1.05
     assert 2 * weights < sizes["half"] < 2 * weights * 1.05
@@ -101,3 +104,15 @@ def test_the_clock_runs_from_a_warm_device_to_one_that_has_finished(trained, mon
     result = half_test.test_network(model, cifar10.load("digits"), cifar10.KINDS["digits"], "half",
                                     torch.device("cpu"), batch_size=101)
     assert events == [101, "wait", "clock", 360, "wait", "clock"] and result["images"] == 360
+
+
+def test_bytes_of_few_bits_are_those_of_what_is_exported(tmp_path, capsys):
+    architecture = {"name": "lenet5-student", "num_classes": 10, "in_channels": 3,
+                    "bits": {"conv1": [8, 8], "conv2": [2, 4], "linear1": [2, 4], "linear2": [8, 8]}}
+    network = checkpoint.network_of(build_by_name(**architecture), architecture)
+    checkpoint.save(tmp_path / "few.pt", {**network, "dataset": "digits"})
+    half_test.main(["--checkpoint", str(tmp_path / "few.pt"), "--limit", "10", "--json"])
+    sizes = json.loads(capsys.readouterr().out)["bytes"]
+    for form, name in (("compressed", "few.pt.gz"), ("packed", "few.packed.gz")):
+        export.main(["--checkpoint", str(tmp_path / "few.pt"), "--out", str(tmp_path / name), "--no-compare"])
+        assert sizes[form] == pytest.approx((tmp_path / name).stat().st_size, rel=0.05), form

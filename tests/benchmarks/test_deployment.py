@@ -125,7 +125,19 @@ def test_a_packed_file_is_measured_as_it_is(tmp_path):
     folder.mkdir()
     (row,) = deployment.measure("few", packed, folder, cifar10.load("digits", str(tmp_path)), arguments)
     assert row["form"] == "packed integers" and row["bytes"] == packed.stat().st_size
-    assert 0 <= row["accuracy"] <= 100 and row["milliseconds"]["median"] > 0
+    assert 0 <= row["accuracy"] <= 100 and row["milliseconds"]["median"] > 0 and row["repeats"] == 1
+
+
+def test_repeats_that_were_cut_short_are_told(tmp_path):
+    from onnx import TensorProto, helper, save
+    graph = helper.make_graph([helper.make_node("Flatten", ["images"], ["logits"])], "g",
+                              [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, 8, 8])],
+                              [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 192])])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "a.onnx")
+    for seconds, repeats in ((1e-9, 2), (0.001, 5)):
+        assert deployment.time_form("ONNX Runtime", tmp_path / "a.onnx", (3, 8, 8), 5, seconds)["repeats"] == repeats
+    with pytest.raises(ValueError, match="--seconds above 0 and below 3600"):
+        deployment.parse(["a.pt", "--seconds", "inf"])
 
 
 def test_every_form_has_a_marker_of_its_own():

@@ -112,3 +112,13 @@ def test_files_of_any_shape_make_a_table_or_one_line(config, report_, history, t
 def test_a_whole_number_may_be_large_but_not_infinite(tmp_path):
     with pytest.raises(ValueError, match="'accuracy' must be a number"):
         run_files.read_report(write_run(tmp_path / "run", report_={"test": {"accuracy": 10**400}}))
+
+
+@pytest.mark.parametrize("other", ["notes.md", "notes.png"])
+def test_numbers_do_not_write_over_pages_that_are_not_theirs(other, tmp_path):
+    target = tmp_path / "notes.json"
+    (tmp_path / other).write_text("written by hand")
+    with pytest.raises(ValueError, match=f"{other} would be written over"):
+        run_files.check_target(target, beside=(".md", ".png"))
+    target.write_text("{}")                                     # its numbers of an earlier time
+    run_files.check_target(target, beside=(".md", ".png"))
