@@ -353,10 +353,12 @@ def test_digits_are_all_images_once_and_their_test_set_is_fixed():
 def test_a_cache_whose_writing_was_killed_leaves_nothing_beside_the_next_one(tmp_path, monkeypatch):
     def fail(source, target):
         raise KeyboardInterrupt
-    monkeypatch.setattr(cifar10.files.os, "replace", fail)
-    with pytest.raises(KeyboardInterrupt):
-        cifar10.load("digits", tmp_path)
-    monkeypatch.undo()
-    data = cifar10.load("digits", tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.npz"]
-    assert (cifar10.load("digits", tmp_path).x_train == data.x_train).all()
+    data = cifar10.read_digits()
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar10.files.os, "replace", fail)
+        with pytest.raises(KeyboardInterrupt):
+            cifar10.write_npz(tmp_path / "digits.npz", data)
+    assert not (tmp_path / "digits.npz").exists()
+    cifar10.write_npz(tmp_path / "digits.npz", data)
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.npz"]
+    assert (np.load(tmp_path / "digits.npz")["x_train"] == data.x_train).all()
