@@ -18,6 +18,8 @@ MINUTES ?= 9
 
 .PHONY: demo test train lint gpu-check headline-speed headline headline-table
 demo: $(READY)
+	@test ! -e $(DEMO) || tr -d ' \n' < $(DEMO)/config.json | grep -q '"dataset":"digits".*"epochs":\[4,2,5\]' || { \
+		echo "error: $(DEMO) holds something else than a demo; move it away" >&2; exit 2; }
 	rm -rf $(DEMO)
 	$(RUN) train_pruning.py --dataset digits --epochs 4 2 5 --mixing none --lr 0.05 --batch-size 32 --out $(DEMO)
 	$(RUN) test.py --checkpoint $(DEMO)/model.pt

@@ -15,6 +15,7 @@ normalises each sample there, so that no worker process is needed. People with a
 loop of their own take `loaders`: torchvision transforms and DataLoaders over the
 same splits.
 """
+import contextlib
 import hashlib
 import io
 import sys
@@ -162,8 +163,13 @@ def load(dataset, root="data", classes=None):
         return check(read_npz(path), KINDS[dataset], path)
     if dataset == "digits":
         return check(read_digits(), KINDS[dataset], "scikit-learn's digits")
-    data = check(Data(*originals.read_originals(dataset, KINDS[dataset], Path(root))), KINDS[dataset], root)
-    write_npz(path, data)
+    with contextlib.suppress(OSError):             # which `read_originals` tells of
+        originals.check_folder(root)
+    with files.locked(Path(root)):                 # another process may be downloading or unpacking
+        if path.exists():
+            return check(read_npz(path), KINDS[dataset], path)
+        data = check(Data(*originals.read_originals(dataset, KINDS[dataset], Path(root))), KINDS[dataset], root)
+        write_npz(path, data)
     return data
 
 

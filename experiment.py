@@ -85,6 +85,7 @@ class Run:
     forward: object = None        # the model, or the model compiled
     dtype: torch.dtype = torch.float32    # arithmetic of forward and backward passes
     computed: str = None          # arithmetic when it began, of a run that goes on
+    compiled: bool = None         # whether its steps are; of one that goes on whether they were
     form: str = None              # of its grouped convolutions, see `compiling.compute_as`
     layout: torch.memory_format = torch.contiguous_format     # of images and weights in memory
     teacher: torch.nn.Module = None
@@ -123,16 +124,22 @@ def start(script, description, table, recipes, argv):
     given |= {name: str(checkpoint.find(given[name])) for name in ("teacher", "start") if given.get(name)}
     if given.get("resume"):
         given["out"], state = folders.state_to_resume(given, Path(script).name)
-        if given.get("cycle") and Path(given["cycle"]).exists():           # the file may be another one by now
-            given["cycle_settings"] = filter_pruning.read_given(given["cycle"])
+        cycle = given.get("cycle") or state["settings"].get("cycle")
+        if cycle and Path(cycle).exists():           # the file may be another one by now
+            given["cycle_settings"] = filter_pruning.read_given(cycle)
         settings = to_resume(table, state, lines, as_joined(table, state["settings"], given))
+        if settings["tensorboard"] and not given.get("tensorboard"):      # it may have gone since
+            with files.noted():
+                settings["tensorboard"] = False
+                board.check(True)
+                settings["tensorboard"] = True
     else:
         settings = fresh_settings(script, table, lines, recipes, given)
     check_settings(table, settings)
     if state is not None:
         check_position(settings, state)
     parallel.refuse(settings["batch_size"], alone(table, settings))
-    run = prepare(settings, state)
+    run = prepare(settings, state, bool(given.get("force")))
     tell_idle(run, table, given)
     with resumable(run, ends=settings["dry_run"]), enough_memory(settings):
         announce(run)
@@ -181,9 +188,10 @@ def check_settings(table, settings):
         getattr(module, "check_settings", lambda settings: None)(settings)
 
 
-def prepare(settings, state):
+def prepare(settings, state, forced=False):
     """A `Run` with its data loaded and its network built; what can be known before training is checked here.
 
+    forced: --force is given now, not when the run began: it goes on with pictures or a teacher that have changed.
     Nothing is written, but where a run goes on what a killed save left is removed.
     """
     name = f"runs/{Path(settings['dataset']).resolve().name}-{settings['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -198,7 +206,7 @@ def prepare(settings, state):
     with parallel.leader_first():
         data = cifar10.load(settings["dataset"], settings["data"])
     pictures = None if settings["dataset"] in cifar10.KINDS else cifar10.sha256_of(data)
-    if state is not None and not settings["force"]:
+    if state is not None and not forced:
         cifar10.refuse_changed(settings["dataset"], (state.get("kind"), state.get("pictures")), (kind, pictures))
     if parallel.leads() and state is not None and not settings["dry_run"]:
         cifar10.check_folder(out)
@@ -231,7 +239,7 @@ def prepare(settings, state):
             memory_format=run.layout)
         run.teacher_sha256 = files.sha256_of(settings["teacher"])
         began = (state or {}).get("teacher")              # a run may be older than that
-        if began not in (None, run.teacher_sha256) and not settings["force"]:
+        if began not in (None, run.teacher_sha256) and not forced:
             raise ValueError(f"the teacher in {settings['teacher']} is not the one that the run in {out} began with; "
                              "--force goes on with it")
     if state is not None:
@@ -319,14 +327,19 @@ def choose_computing(run, wanted, images, shape):
     asked, tried = run.settings["convolutions"], {}
     if asked == "auto" and run.form:
         asked = run.form                  # as when it began
+    began = run.compiled if wanted == "auto" and run.settings["compile"] == "auto" else None
     for form in compiling.forms_of(asked, run.model, run.device):
         compiling.compute_as(run.model, form)
-        tried[form] = compiling.choose_forward(run.model, wanted, images, shape, autocast(run.device, run.dtype),
-                                               run.device, run.layout)
+        tried[form] = compiling.choose_forward(run.model, "off" if began is False else wanted, images, shape,
+                                               autocast(run.device, run.dtype), run.device, run.layout)
     run.form = parallel.agreed(compiling.fastest_form({form: speed for form, (_, speed, _) in tried.items()}))
     lay_out(run)
     run.forward, speed, note = tried[run.form]
-    return speed, note
+    run.compiled = run.forward is not run.model
+    if began and not run.compiled:
+        raise ValueError(f"the run in {run.out} began compiled, and now it would be {note}, with other roundings; "
+                         "--compile off --force goes on so")
+    return speed, "eager (as it began)" if began is False else note
 
 
 def begin_round(run, moved=None):
@@ -370,7 +383,7 @@ def state_of(run):
     return {**checkpoint.network_of(run.model, run.architecture), "settings": run.settings,
             "kind": cifar10.plain(run.kind),
             "masks": run.masks, "round": run.round, "epoch": run.epoch, "planned": run.planned, "form": run.form,
-            "arithmetic": run.arithmetic,
+            "arithmetic": run.arithmetic, "compiled": run.compiled,
             "device": run.device.type, "teacher": run.teacher_sha256, "pictures": run.pictures_sha256,
             "history": run.history,
             "average": checkpoint.weights_of(run.average) if run.average is not None else None,
@@ -386,7 +399,8 @@ def restore(run, state):
         raise ValueError(f"{problem}; a run's network stays, with --force too: start a new run with another --out, and "
                          "--start for its weights") from None
     run.round, run.epoch, run.history = state["round"], state["epoch"], state["history"]
-    run.planned, run.form, run.computed = state.get("planned", 0), state.get("form"), state.get("arithmetic")
+    run.planned, run.form = state.get("planned", 0), state.get("form")
+    run.computed, run.compiled = state.get("arithmetic"), state.get("compiled")
     run.masks = {name: mask.to(run.device) for name, mask in state["masks"].items()}
     lay_out(run)
     begin_round(run, moved_by_muon(state["optimizer"]))
@@ -411,8 +425,9 @@ def save(run):
     files.write(run.out / "history.csv", table.getvalue().encode())
     checkpoint.save(run.out / "last.pt", state_of(run), run.out / "previous.pt")
     if run.settings["tensorboard"]:
-        run.board = run.board or board.opened(run.out / "tensorboard", len(run.history))
-        board.add(run.board, run.history[-1])
+        with files.noted():              # history.csv has it all
+            run.board = run.board or board.opened(run.out / "tensorboard", len(run.history))
+            board.add(run.board, run.history[-1])
 
 
 def finish(run):

@@ -298,6 +298,7 @@ def main(argv):
         source = find_checkpoint(arguments.checkpoint)
         if arguments.csv:
             checkpoint.refuse_same(source, arguments.csv, "--csv")
+        sha256 = files.sha256_of(source) if Path(source).is_file() else None
         model, state = load_network(source)
         dataset, kind = data_of(source, state, arguments.dataset)
     height, width, channels = kind.shape
@@ -309,12 +310,9 @@ def main(argv):
         print(f"network: {f'{arguments.model}, ' if arguments.model else ''}{source}")
         print_table(rows, totals)
     if not arguments.model and set(arguments.bits) == {16} and run_files.is_result(source):
-        with files.noted():
-            names = ("name", "weights", "zero_weights")
-            layers = [{name: row[name] for name in names} for row in rows if row["weights"]]
-            files.merge_json(Path(source).parent / "report.json", {"profile": {
-                **totals, "layers": layers, "epochs": state.get("epochs"), "checkpoint": str(source),
-                "sha256": files.sha256_of(source)}})
+        layers = [{name: row[name] for name in ("name", "weights", "zero_weights")} for row in rows if row["weights"]]
+        run_files.keep_measured(source, sha256, state, "profile",
+                                {**totals, "layers": layers, "checkpoint": str(source)})
     if arguments.csv:
         write_rows(arguments.csv, rows)
 

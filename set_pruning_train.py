@@ -218,15 +218,20 @@ def never_reduces(settings, parameters):
     return ""
 
 
+def removes_channels(settings):
+    """Whether `remove_channels` may remove some in this run."""
+    return settings["pruning"] == "filters" or settings["pruning"] in GRADUAL and bool(settings["macs"])
+
+
 def remove_channels(settings, epoch, steps, shape, model, average, optimizer, masks):
     """What leaves the network after `epoch` epochs of a round, as text; "" where nothing does.
 
     steps: of one epoch; shape: (C, H, W) of one image. Average, optimizer and masks shrink with it.
     """
+    if not removes_channels(settings):
+        return ""
     if settings["pruning"] == "filters":
         return reduce_filters(settings, epoch, model, average, optimizer, masks)
-    if settings["pruning"] not in GRADUAL or not settings["macs"]:
-        return ""
     last = when_of(settings, settings["epochs"][0] * steps)[1] // steps      # the epoch before the one that ends it
     return narrow(settings, shape, model, average, optimizer, masks) if epoch >= last else ""
 

@@ -147,6 +147,7 @@ def main(argv):
     if arguments.picture:
         checkpoint.refuse_same(path, arguments.picture, "--picture")
         run_files.refuse_own("--picture", arguments.picture)
+    sha256 = files.sha256_of(path) if path.is_file() else None
     model, network = load_network(path, device)
     dataset, kind = data_of(path, network, arguments.dataset)
     if not arguments.json:
@@ -162,9 +163,7 @@ def main(argv):
         with files.noted():
             draw_confusion(picture, result)
     if of_run:
-        with files.noted():
-            measured = {**result, "epochs": network.get("epochs"), "sha256": files.sha256_of(path)}
-            files.merge_json(path.parent / "report.json", {"test": measured})
+        run_files.keep_measured(path, sha256, network, "test", result)
 
 
 if __name__ == "__main__":

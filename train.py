@@ -20,7 +20,7 @@ import set_pruning_train
 from engine import checkpoint, commandline, compiling, files, operations, parallel
 from engine.averages import update_average
 from engine.endings import enough_memory, resumable
-from engine.finite import count_finite, refuse_counted, refuse_nonfinite, refuse_nonfinite_state
+from engine.finite import count_finite, refuse_counted, refuse_immense, refuse_nonfinite, refuse_nonfinite_state
 from engine.folders import newest
 from engine.settings import Setting, defaults_of, joined, line, only, without_flags
 from experiment import (
@@ -35,7 +35,14 @@ from experiment import (
 )
 from networks import image_shape
 from set_distillation_train import distilled, take_views, teach
-from set_pruning_train import GRADUAL, prune_on_schedule, ranks_at, remove_channels, search_penalty
+from set_pruning_train import (
+    GRADUAL,
+    prune_on_schedule,
+    ranks_at,
+    remove_channels,
+    removes_channels,
+    search_penalty,
+)
 from set_quantization_train import after_step, evaluation_weights, step_weights
 from set_resizing_train import resized, side_of
 
@@ -170,6 +177,8 @@ def run_epoch(run, bar):
         run.train.epoch = len(run.history)
     loss, accuracy = train_epoch(run, bar)
     trained = time.perf_counter() - begun
+    if removes_channels(run.settings):
+        refuse_immense(run)
     left = remove_channels(run.settings, run.epoch + 1, len(run.train), image_shape(run.kind), run.model, run.average,
                            run.optimizer, run.masks)
     if left:

@@ -42,6 +42,13 @@ def refuse_nonfinite_state(run, models, validation_loss):
                                     f"step {len(run.train)}"))
 
 
+def refuse_immense(run):
+    """RuntimeError before channels are ranked by the norms of their weights where that of all weights is not finite."""
+    norm = torch.nn.utils.get_total_norm([weight.detach() for weight in run.model.parameters()])
+    if not torch.isfinite(norm):
+        raise RuntimeError(diverged(run, "the norm of the weights is not finite", f"step {len(run.train)}"))
+
+
 def diverged(run, what, step):
     """The message for a run that left the finite numbers."""
     last = run.out / "last.pt"

@@ -26,10 +26,22 @@ NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", 
 
 
 def is_result(path):
-    """Whether a checkpoint is what a run's report.json is about: its model.pt, or what it has while there is none."""
+    """Whether a checkpoint is what a run's report.json is about: its model.pt, or its last.pt while there is none."""
     path = Path(path)
-    return (path.parent / "config.json").exists() and (path.name == "model.pt"
-                                                       or not (path.parent / "model.pt").exists())
+    return (path.parent / "config.json").exists() and (
+        path.name == "model.pt" or path.name == "last.pt" and not (path.parent / "model.pt").exists())
+
+
+def keep_measured(path, sha256, network, part, measured):
+    """Put what was `measured` on a run's result, of a file with that SHA-256, into its report.json as test or profile.
+
+    network: the file's dictionary. A note and nothing more where that cannot be, or another file is there by now.
+    """
+    with files.noted():
+        if files.sha256_of(path) != sha256:
+            raise ValueError(f"{path} has changed since it was read; its {part} is not kept in report.json")
+        epochs = network.get("epochs", len(network.get("history") or ()) or None)
+        files.merge_json(Path(path).parent / "report.json", {part: {**measured, "epochs": epochs, "sha256": sha256}})
 
 
 def refuse_own(flag, path):

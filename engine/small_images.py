@@ -69,13 +69,14 @@ class SmallImageConv2d(nn.Conv2d):
 def use_products(model):
     """Let the dense convolutions of `model` with many channels be `SmallImageConv2d` where the CPU has AMX.
 
-    Outputs are the same, gradients agree to rounding; weights keep their names and shapes.
+    Outputs are the same, gradients agree to rounding; weights keep their names and shapes. One that has lost its
+    channels since is a plain convolution again, as it will be when the run is resumed.
     """
     if not compiling.cpu_instructions().get("amx_bf16"):
         return
     for layer in model.modules():
-        if type(layer) is nn.Conv2d and takes_products(layer):
-            layer.__class__ = SmallImageConv2d
+        if type(layer) in (nn.Conv2d, SmallImageConv2d):
+            layer.__class__ = SmallImageConv2d if takes_products(layer) else nn.Conv2d
 
 
 def takes_products(layer):

@@ -1,4 +1,5 @@
 """The Makefile's commands for a GPU: a Python of one's own, one run, nine minutes."""
+import json
 import os
 import shlex
 import shutil
@@ -53,3 +54,16 @@ def test_a_command_that_ends_earlier_keeps_its_exit_code(left, tmp_path):
     (tmp_path / "study.py").write_text(f"raise SystemExit({left})\n")
     code, printed = make(tmp_path, "--silent", "headline", f"RUN={sys.executable}")
     assert (code == 0) == (left == 0) and "goes on" not in printed
+
+
+@pytest.mark.parametrize("settings, kept", [({"dataset": "digits", "epochs": [4, 2, 5]}, False),
+                                            ({"dataset": "digits", "epochs": [30]}, True),
+                                            ({"dataset": "cifar10", "epochs": [4, 2, 5]}, True), (None, True)])
+def test_a_demo_replaces_a_demo_alone(settings, kept, tmp_path):
+    run = tmp_path / "runs" / "demo"
+    run.mkdir(parents=True)
+    if settings:
+        (run / "config.json").write_text(json.dumps({"settings": settings}, indent=1))
+    code, printed = make(tmp_path, "demo", "RUN=true")
+    assert run.exists() == kept and (code != 0) == kept
+    assert ("error: runs/demo holds something else than a demo; move it away" in printed) == kept

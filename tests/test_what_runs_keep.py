@@ -6,17 +6,21 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from sample_runs import SMALL, Stop, history_of, resume, stop_after_a_save
 from test_study import call_here, study_file
 
 import experiment
+import export
+import networks
 import profil
 import report
 import study
 import test as half_test
 import train
 import train_pruning
-from engine import checkpoint, compiling, run_files
+from engine import checkpoint, compiling, run_files, shrinking, small_images
+from engine.widths import widths_of
 from studies import study_file as studied
 
 QUICK = [*SMALL, "--model", "lenet5-student", "--mixing", "none"]
@@ -65,6 +69,137 @@ def test_a_cycle_measured_before_it_went_on_is_told(cycle, tmp_path):
     folder = shutil.copytree(cycle, tmp_path / "run")
     checkpoint.save(folder / "model.pt", {**checkpoint.read(folder / "model.pt"), "epochs": 1})
     assert "does not hold any more" in run_files.outdated(folder)["test"]
+
+
+# ---- what was measured, and on which file
+
+@pytest.mark.parametrize("name", ["epoch1.pt", "previous.pt", "exported.pt.gz"])
+def test_numbers_of_another_file_in_the_folder_are_not_those_of_the_run(name, tmp_path):
+    out = part_of(tmp_path / "run", "--epochs", "2", "1", "--sparsity", "0.5", epochs=2)
+    if name == "exported.pt.gz":
+        export.main(["--checkpoint", str(out / "last.pt"), "--out", str(out / name), "--no-compare"])
+    elif name != "previous.pt":
+        shutil.copy(out / "last.pt", out / name)
+    for script in (half_test, profil):
+        script.main(["--checkpoint", str(out / name)])
+    assert not (out / "report.json").exists()
+
+
+def test_numbers_of_an_unfinished_run_are_outdated_once_it_goes_on(tmp_path):
+    out = part_of(tmp_path / "run", "--epochs", "2", "1", "--sparsity", "0.5")
+    for script in (half_test, profil):
+        script.main(["--checkpoint", str(out / "last.pt")])
+    assert json.loads((out / "report.json").read_text())["test"]["epochs"] == 1 and run_files.outdated(out) == {}
+    resume(out)
+    assert set(run_files.outdated(out)) == {"test", "profile"}
+
+
+def test_a_file_that_changed_while_it_was_tested_is_not_kept(tmp_path, monkeypatch, capsys):
+    out, measure = part_of(tmp_path / "run", "--epochs", "2", "1", "--sparsity", "0.5"), half_test.test_network
+
+    def test_network(*given):
+        result = measure(*given)
+        state = checkpoint.read(out / "last.pt")
+        checkpoint.save(out / "last.pt", {**state, "planned": 7})
+        return result
+    monkeypatch.setattr(half_test, "test_network", test_network)
+    half_test.main(["--checkpoint", str(out / "last.pt")])
+    told = capsys.readouterr()
+    assert "accuracy" in told.out and "last.pt has changed since it was read" in told.err
+    assert not (out / "report.json").exists()
+
+
+# ---- what a resumed run looks at again
+
+@pytest.mark.parametrize("flags", [[], ["--force"]])
+def test_force_holds_for_the_command_that_has_it(flags, tmp_path):
+    for seed in (0, 1):
+        train.main([*QUICK, "--seed", str(seed), "--out", str(tmp_path / f"teacher{seed}")])
+    teacher = tmp_path / "teacher0" / "model.pt"
+    out = part_of(tmp_path / "run", "--teacher", str(teacher), "--epochs", "2", "1", "--sparsity", "0.5", "--force")
+    shutil.copy(tmp_path / "teacher1" / "model.pt", teacher)
+    if flags:
+        return resume(out, *flags)
+    with pytest.raises(ValueError, match="is not the one that the run in .* began with; --force goes on with it"):
+        resume(out)
+
+
+def test_an_edited_cycle_is_noticed_without_its_flag(tmp_path):
+    cycle = tmp_path / "cycle.json"
+    cycle.write_text(json.dumps({"finetuning_epochs": 1, "pruning_percent_step": 0.9}))
+    out = part_of(tmp_path / "run", "--pruning", "l1_cycle", "--epochs", "2", "--cycle", str(cycle))
+    cycle.write_text(json.dumps({"finetuning_epochs": 1, "pruning_percent_step": 0.9, "stop_loss": 3}))
+    with pytest.raises(ValueError, match="cycle_settings"):
+        resume(out)
+    cycle.unlink()
+    resume(out)
+
+
+def test_a_layer_that_lost_its_channels_is_the_one_that_a_resumed_run_has(monkeypatch):
+    monkeypatch.setattr(compiling, "cpu_instructions", lambda: {"amx_bf16": True})
+    model = networks.build("vgg6-64-256-256", activation="relu")
+    small_images.use_products(model)
+    before = [type(layer) for layer in model.modules()]
+    space = next(space for space in model.channels() if space["name"] == "layer2.conv1")
+    shrinking.remove(model, space, torch.arange(200))
+    small_images.use_products(model)
+    resumed = networks.build("vgg6-64-256-256", activation="relu")
+    checkpoint.load_weights(resumed, None, {"weights": checkpoint.weights_of(model), "widths": widths_of(model),
+                                            "architecture": None})
+    small_images.use_products(resumed)
+    after = [type(layer) for layer in model.modules()]
+    assert after == [type(layer) for layer in resumed.modules()] != before
+    assert small_images.SmallImageConv2d in after
+
+
+@pytest.mark.parametrize("began, now, told", [(True, True, None), (False, False, None), (None, True, None),
+                                              (True, False, "began compiled, and now it would be eager")])
+def test_a_run_goes_on_compiled_or_not_as_it_began(began, now, told, tmp_path, monkeypatch):
+    out, asked = tmp_path / "run", []
+
+    def choose_forward(model, wanted, *rest):
+        asked.append(wanted)
+        return (model if wanted == "off" or not now else lambda images: model(images)), 1.0, "eager (no compiler)"
+    monkeypatch.setattr(experiment.compiling, "choose_forward", choose_forward)
+    flags = [*QUICK[:QUICK.index("--compile")], *QUICK[QUICK.index("--compile") + 2:]]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after_a_save(patch)
+        with pytest.raises(Stop):
+            train.main([*flags, "--epochs", "2", "--out", str(out)])
+    checkpoint.save(out / "last.pt", {**checkpoint.read(out / "last.pt"), "compiled": began})
+    if told:
+        with pytest.raises(ValueError, match=told):
+            train.main(["--resume", "--out", str(out)])
+        return train.main(["--resume", "--compile", "off", "--force", "--out", str(out)])
+    train.main(["--resume", "--out", str(out)])
+    assert asked[-1] == ("off" if began is False else "auto")
+    assert checkpoint.read(out / "last.pt")["compiled"] is now
+
+
+# ---- side products
+
+def test_tensorboard_that_fails_leaves_the_run_alone(tmp_path, monkeypatch, capsys):
+    def opened(folder, rows):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(experiment.board, "opened", opened)
+    train.main([*QUICK, "--epochs", "2", "--tensorboard", "--out", str(tmp_path / "run")])
+    assert len(history_of(tmp_path / "run")) == 2 and (tmp_path / "run" / "model.pt").exists()
+    assert capsys.readouterr().err.count("note: [Errno 28] No space left on device") == 2
+
+
+def test_a_run_goes_on_without_the_package_of_tensorboard(tmp_path, monkeypatch, capsys):
+    out = part_of(tmp_path / "run", "--epochs", "1", "1", "--sparsity", "0.5", "--tensorboard")
+    monkeypatch.setattr(experiment.board.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--tensorboard needs a package"):
+        resume(out, "--tensorboard")
+    resume(out)
+    assert "note: --tensorboard needs a package" in capsys.readouterr().err and len(history_of(out)) == 2
+
+
+def test_a_run_that_diverges_before_filters_leave_says_so(tmp_path):
+    with pytest.raises(RuntimeError, match=r"not finite: epoch 1, step 1, .*last good checkpoint: none yet"):
+        train_pruning.main([*QUICK, *shlex.split("--epochs 2 --pruning filters --filter-interval 1 --filter-stop 1 "
+                                                 "--lr 1e30"), "--out", str(tmp_path / "run")])
 
 
 # ---- arithmetic

@@ -6,6 +6,8 @@ import os
 import re
 import struct
 import tempfile
+import threading
+import time
 import urllib.error
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from scipy.io import savemat
 from torchvision import datasets
 
 import cifar10
+from engine import originals
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +165,21 @@ def test_a_header_that_was_altered_is_named(tmp_path, monkeypatch, name, header)
     told = f"{name} is altered: expected a header of 0000080[13].*, found {content.hex()}"
     with pytest.raises(ValueError, match=told):
         cifar10.load("mnist", tmp_path)
+
+
+def test_a_second_start_waits_for_the_first_ones_download(tmp_path, monkeypatch):
+    begun, root = threading.Event(), tmp_path / "data"
+    data, read = random_data(cifar10.KINDS["mnist"]), []
+
+    def read_originals(dataset, kind, folder):
+        read.append(folder)
+        begun.set()
+        time.sleep(0.5)                     # half of the file is there
+        return list(data)
+    monkeypatch.setattr(originals, "read_originals", read_originals)
+    first = threading.Thread(target=cifar10.load, args=("mnist", root))
+    first.start()
+    assert begun.wait(60)
+    assert_same(cifar10.load("mnist", root), data)
+    first.join()
+    assert len(read) == 1
