@@ -168,7 +168,8 @@ def outdated(folder):
     report = {"test": {}, "profile": {}} | (files.read_json(path) if path.exists() else {})
     epochs = len(history.read_bytes().splitlines()) - 1 if history.is_file() else None
     config = files.read_json(path.with_name("config.json")) if path.with_name("config.json").is_file() else {}
-    if (config.get("settings") or {}).get("pruning") == "l1_cycle":      # it ends with a network that it refuses
+    settings = config.get("settings")
+    if isinstance(settings, dict) and settings.get("pruning") == "l1_cycle":  # it ends with one that it refuses
         epochs = None
     found = {name: earlier(path, check(path, report, name, dict), epochs) for name in ("test", "profile")}
     return {name: whose for name, whose in found.items() if whose}

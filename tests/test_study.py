@@ -347,7 +347,7 @@ def test_runs_of_shipped_studies_are_accepted_by_their_scripts(path, tmp_path, m
     class Accepted(Exception):
         pass
 
-    def prepare(settings, state):
+    def prepare(settings, state, forced=False):
         raise Accepted
     monkeypatch.chdir(ROOT)         # settings are named from there
     monkeypatch.setattr(experiment, "prepare", prepare)

@@ -67,7 +67,7 @@ def test_flags_of_every_technique_are_accepted(tmp_path, monkeypatch):
     class Accepted(Exception):
         pass
 
-    def prepare(settings, state):
+    def prepare(settings, state, forced=False):
         raise Accepted("accepted")
     monkeypatch.setattr(check.experiment, "prepare", prepare)
     monkeypatch.setattr(check.experiment.checkpoint, "find", lambda path: path)

@@ -125,7 +125,7 @@ def test_settings_are_those_that_the_script_resolves(path, monkeypatch):
     class Resolved(Exception):
         pass
 
-    def prepare(found, state):
+    def prepare(found, state, forced=False):
         raise Resolved(found)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(experiment, "prepare", prepare)
