@@ -146,7 +146,7 @@ def test_bytes_are_those_of_files_without_any_folder_for_temporary_ones(run, mon
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     state = checkpoint.read(run / "model.pt")
     network = {name: state[name] for name in ("architecture", "widths", "weights")}
-    sizes = half_test.sizes_of(network)
+    sizes = half_test.sizes_of(network, network)
     checkpoint.save(tmp_path / "whole.pt", network)
     checkpoint.save_compact(tmp_path / "compact.pt.gz", network)
     assert sizes["float32"] == (tmp_path / "whole.pt").stat().st_size
