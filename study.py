@@ -329,10 +329,10 @@ def main(argv):
         raise ValueError(f"--arms: {arguments.study} has no arm {unknown[0]!r}; it has {', '.join(map(repr, names))}")
     check_out(arguments.study, out)
     check_runs(name, study, seeds)
-    flags, kept = f"{study['flags']} --data {shlex.quote(arguments.data)}", set()
+    flags, kept = f"{study['flags']} --data {shlex.quote(arguments.data)}", {}      # {arm: place whose files it has}
     runs = list(itertools.product(seeds, study["arms"]))
     there = [(folder_of(name, arm, seed) / "finished").exists() for seed, arm in runs]
-    rows = [None] * len(runs)
+    rows = {}                             # {place in `runs`: row}
     # those that are there come first, so that no table holds fewer runs than the one before it
     for place in sorted(range(len(runs)), key=lambda place: not there[place]):
         seed, arm = runs[place]
@@ -340,16 +340,15 @@ def main(argv):
             continue
         cifar10.check_folder(out)
         rows[place] = make_row(arm, seed, folder_of(name, arm, seed), out, flags, arguments.data,
-                               arm["name"] not in kept)
-        kept.add(arm["name"])
+                               place < kept.get(arm["name"], len(runs)))
+        kept[arm["name"]] = min(place, kept.get(arm["name"], place))
         write_record(arguments.study, out)
-        table = write_results(out, study, [row for row in rows if row])
-    rows = [row for row in rows if row]
+        table = write_results(out, study, [rows[each] for each in sorted(rows)])
     if not rows:
         raise FileNotFoundError(f"no run of {name} is finished")
     print(markdown_of(table) + f"\nwritten: {out}/runs.csv, table.csv, table.md, accuracy.png")
     tables.update(out)
-    failed = [row for row in rows if "failed" in row]
+    failed = [rows[place] for place in sorted(rows) if "failed" in rows[place]]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(rows)} runs failed, {out}/table.md marks them; the first is "
                            f"{failed[0]['arm']}, seed {failed[0]['seed']}: {failed[0]['failed']}")

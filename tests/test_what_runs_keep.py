@@ -315,6 +315,17 @@ def test_a_new_arm_leaves_the_rows_of_the_others_whole(tmp_path, monkeypatch):
         ["a", 0], ["b", 0], ["a", 1], ["b", 1]]
 
 
+def test_the_first_seed_keeps_its_files_when_it_is_trained_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "call", call_here)
+    path = study_file(tmp_path, seeds=[0, 1], arms=[{"group": "g", "name": "a", "keep": {"history.csv": "epochs.csv"},
+                                                     "run": "train.py --mixing none --model lenet5"}])
+    for seeds, first in ((["--seeds", "1"], 1), ([], 0), (["--finished"], 0)):
+        study.main([str(path), *seeds])
+        kept = Path("results/small/epochs.csv").read_bytes()
+        assert kept == Path(f"runs/small-a-s{first}/history.csv").read_bytes()
+
+
 # ---- flags that change nothing
 
 def started(out, flags):
