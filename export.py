@@ -21,8 +21,8 @@ import torch
 import cifar10
 import quantization
 from deploy import integer_inference, onnx_files
-from engine import checkpoint, commandline, files, packing, shrinking, tensor_files
-from networks import data_of, load_network
+from engine import checkpoint, commandline, files, packing, tensor_files
+from networks import data_of, load_network, trim
 from train import find_checkpoint
 
 FORMATS = (".int8.pt.gz", ".pt.gz", ".safetensors", ".int8.onnx", ".w8.onnx", ".onnx", ".packed.gz")
@@ -40,8 +40,7 @@ def export(model, state, target, data=None):
     """
     ending = ending_of(target)
     refuse_ending(ending, model, state)
-    removed = shrinking.remove_dead(model)
-    quantization.to_grid(model)
+    removed = trim(model)
     kind = cifar10.kind_of(state["dataset"], state.get("kind"))
     about = {"dataset": state["dataset"], "kind": cifar10.plain(kind)}
     if ending.endswith("onnx"):

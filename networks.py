@@ -16,7 +16,7 @@ import pruning
 import quantization
 import resnet_factorized
 from deploy import integer_inference
-from engine import checkpoint
+from engine import checkpoint, shrinking
 from engine.settings import Setting, line
 
 SETTINGS = {
@@ -179,6 +179,13 @@ def refuse_form(path, form, dataset, kind):
     if classes is not None and classes != len(kind.classes):
         raise ValueError(f"{path} tells {classes} classes apart, {dataset} has {len(kind.classes)}; "
                          "name the right one with --dataset")
+
+
+def trim(model):
+    """What an exported file holds of a network, in place: no dead channels, few bits on their grid; how many left."""
+    removed = shrinking.remove_dead(model)
+    quantization.to_grid(model)
+    return removed
 
 
 def load_teacher(path, dataset, kind, device, force=False):

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import cifar10
 import quantization
 from deploy import integer_inference
-from engine import checkpoint, commandline, compiling, files, packing, run_files, shrinking
-from networks import data_of, load_network
+from engine import checkpoint, commandline, compiling, files, packing, run_files
+from networks import data_of, load_network, trim
 from train import find_checkpoint, predict
 
 
@@ -60,8 +60,8 @@ def bytes_of(path, network):
         return {"packed": os.path.getsize(path)}
     structure = {name: network[name] for name in ("architecture", "widths", "dataset", "kind") if name in network}
     model, _ = load_network(path)        # as it is: the one that was tested is in another precision
-    shrinking.remove_dead(model)
-    exported = {**structure, **checkpoint.network_of(quantization.to_grid(model), network["architecture"])}
+    trim(model)
+    exported = {**structure, **checkpoint.network_of(model, network["architecture"])}
     sizes = sizes_of({**structure, "weights": network["weights"]}, exported)
     if quantization.bits_of(model):
         with files.noted():          # sums beyond what integers hold: the accuracy counts
