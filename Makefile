@@ -40,7 +40,7 @@ headline-speed: $(READY)
 	$(RUN) benchmark.py training --images 20000 --convolutions grouped --json results/headline_speed.json
 
 headline: $(READY)
-	timeout --signal=INT $(MINUTES)m $(RUN) study.py studies/headline.json $(if $(ARM),--arms "$(ARM)") \
+	timeout --foreground --signal=INT $(MINUTES)m $(RUN) study.py studies/headline.json $(if $(ARM),--arms "$(ARM)") \
 		$(if $(SEED),--seeds $(SEED)); code=$$?; test $$code != 124 || echo "stopped after $(MINUTES) minutes:" \
 		"the same command goes on"; test $$code = 124 || exit $$code
 

@@ -8,7 +8,7 @@
 `load` reads `data/<dataset>.npz` (a second); where there is none, torchvision's
 reader takes over, download and checksums included, and the `.npz` is written
 for the next start. `digits` ships with scikit-learn and needs no download. The
-name of a folder in place of a data set's reads the pictures in it (`pictures.py`).
+name of a folder in place of a data set's reads the pictures in it (`engine/pictures.py`).
 
 `Batches` keeps the whole set on the device as uint8 and crops, flips and
 normalises each sample there, so that no worker process is needed. People with a

@@ -30,6 +30,7 @@ import quantization
 from engine import board, checkpoint, commandline, compiling, files, folders, parallel, run_files, schedules
 from engine.averages import average_pairs
 from engine.endings import enough_memory, resumable
+from engine.operations import macs_of
 from engine.settings import alone, check, check_each, defaults_of, flag_of, idle, only, to_resume
 from engine.small_images import use_products
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
@@ -41,6 +42,7 @@ from set_pruning_train import (
     join_rounds,
     never_reduces,
     rate_of_round,
+    removes_strong,
     start_search,
 )
 from set_quantization_train import after_step, evaluation_weights
@@ -73,7 +75,7 @@ class Run:
     history: list = field(default_factory=list)
     round: int = 0
     epoch: int = 0
-    pflop: float = 0.0            # operations so far, see operations.py; None where a run is older than that
+    pflop: float = 0.0            # operations so far, see engine/operations.py; None where a run is older than that
     counted: dict = field(default_factory=dict)      # {shape: multiply-adds of one image} in this epoch
     planned: int = 0              # training images when it began, which decide on compiling and on arithmetic
     average: torch.nn.Module = None
@@ -125,7 +127,7 @@ def start(script, description, table, recipes, argv):
     if given.get("resume"):
         given["out"], state = folders.state_to_resume(given, Path(script).name)
         cycle = given.get("cycle") or state["settings"].get("cycle")
-        if cycle and Path(cycle).exists():           # the file may be another one by now
+        if state["settings"].get("pruning") == "l1_cycle" and cycle and Path(cycle).exists():      # another one by now?
             given["cycle_settings"] = filter_pruning.read_given(cycle)
         settings = to_resume(table, state, lines, as_joined(table, state["settings"], given))
         if settings["tensorboard"] and not given.get("tensorboard"):      # it may have gone since
@@ -153,6 +155,8 @@ def fresh_settings(script, table, lines, recipes, given):
     check_each(table, settings, ["epochs"])                  # which are summed up where one round has all
     settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
     settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
+    if settings.get("pruning") != "l1_cycle":      # --cycle changes nothing then
+        settings["cycle_settings"] = {}
     join_rounds(settings, "sparsity" in given)
     return settings
 
@@ -168,6 +172,7 @@ def tell_idle(run, table, given):
         ("recalibrate", True): (not normed, f"{run.settings['model']} has no batch norm"),
         ("flips", "alternating"): (not run.kind.flip, f"images of {run.settings['dataset']} are not mirrored"),
         ("shuffle", False): (run.architecture.get("groups") == 1, "one group has nothing to interleave"),
+        ("convolutions", "dense"): (not compiling.grouped_layers(run.model), "no convolution of floats has groups"),
         ("mix_alpha", None): (run.settings["mixing"] == "cutout" and run.settings["mix_alpha"] > 0,
                               "Cutout mixes no two images"),
         ("label_smoothing", None): (whole, "with --distillation-weight 1 the labels have no part in the loss"),
@@ -175,7 +180,8 @@ def tell_idle(run, table, given):
     found += [f"{flag_of(name, given[name])} changes nothing: {why}" for (name, value), (off, why) in reasons.items()
               if off and name in given and value in (None, given[name])]
     parameters = sum(weight.numel() for weight in run.model.parameters())
-    found += [sentence] if not run.history and (sentence := never_reduces(run.settings, parameters)) else []
+    if not run.history:
+        found += filter(None, (never_reduces(run.settings, parameters), removes_strong(run.settings)))
     for sentence in found if parallel.leads() else ():
         print(f"note: {sentence}", file=sys.stderr)
 
@@ -234,7 +240,7 @@ def prepare(settings, state, forced=False):
     if device.type != "cpu" or settings["recipe"] != "published":
         compiling.set_up(device)
     lay_out(run)
-    if settings["teacher"]:
+    if settings["teacher"] and settings["distillation_weight"] > 0:
         run.teacher = load_teacher(settings["teacher"], settings["dataset"], kind, device, settings["force"]).to(
             memory_format=run.layout)
         run.teacher_sha256 = files.sha256_of(settings["teacher"])
@@ -301,13 +307,16 @@ def announce(run):
     if not alone:
         speed, note = speed * parallel.ranks(), f"eager, {parallel.ranks()} processes"
     work = share_of_work(height, settings["resize"], settings["resize_until"])
-    seconds = (whole - done) * (work * images + 0.3 * len(run.validation) * 500) / speed
+    taught, asked = share_of_teacher(run)
+    seconds = ((whole - done) * ((work + taught) * images + 0.3 * len(run.validation) * 500)
+               + asked * images * (not done)) / speed
+    which = "the first round" if settings.get("pruning") == "l1_cycle" and not run.round else "all rounds"
     groups = f", groups {run.architecture['groups']}" if "groups" in run.architecture else ""
     print(f"{settings['model']}{groups}, on {settings['dataset']}: {images:,} images an epoch, "
           f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}, "
           f"{run.arithmetic}{', grouped convolutions as dense ones' if run.form == 'dense' else ''}; {note}")
     print(f"{f'goes on after {done} of {whole} epochs; ' if done else ''}"
-          f"estimated time for all rounds: {seconds / 60:.1f} min at {speed:.0f} images/s; writes {run.out}",
+          f"estimated time for {which}: {seconds / 60:.1f} min at {speed:.0f} images/s; writes {run.out}",
           flush=True)
     if settings["dry_run"]:
         print(json.dumps(settings, indent=1))
@@ -315,6 +324,15 @@ def announce(run):
         if run.optimizer is None:         # it begins
             run.made = folders.take(run.out)
         run_files.write_config(run, run_files.sources_of(Path(__file__).resolve().parent))
+
+
+def share_of_teacher(run):
+    """(in each step, once in the beginning): a teacher's operations over those of a step of the student, by image."""
+    if run.teacher is None:
+        return 0.0, 0.0
+    shape, views = image_shape(run.kind), run.settings["teacher_views"]
+    share = macs_of(run.teacher, shape) / (3 * macs_of(run.model, shape))
+    return (0.0, views * share) if views else (share, 0.0)
 
 
 def choose_computing(run, wanted, images, shape):

@@ -45,7 +45,7 @@ SETTINGS = only("pruning", ("filters",), {
     "filter_until": Setting(0, "parameters at which they stay, should the network have no more sooner", low=0),
     "cycle": Setting(None, "settings of the L1 cycle, see filter_pruning.CYCLE", form=str, shown="JSON", fixed=True,
                      only=(("pruning", ("l1_cycle",)),)),
-    "cycle_settings": Setting({}),
+    "cycle_settings": Setting({}, only=(("pruning", ("l1_cycle",)),)),
     "stop_loss": Setting(None, "validation loss that ends the L1 cycle (a tenth above that before the first removal)",
                          low=0, form=float, only=(("pruning", ("l1_cycle",)),)),
 })
@@ -120,12 +120,14 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
     {space: (channels before, after, weak ones that had to stay)}.
     """
     spaces, found = trained_spaces(model), {}
+    if measure == "neuron":
+        refuse_fixed_scales(model)
     for space in spaces if turn is None else [spaces[turn % len(spaces)]]:
-        parts = (read_weights(model, space, space["readers"][0]) if columns and space["readers"]
-                 else made_weights(model, space))
-        norms = torch.zeros(sum(len(channels) for channels, _ in parts))
+        parts = ([part for reader in space["readers"] for part in read_weights(model, space, reader)] if columns
+                 else []) or made_weights(model, space)
+        norms = torch.zeros(len(model.get_submodule(space["makers"][0]).weight))
         for channels, weights in parts:
-            norms[channels] = weights.flatten(1).norm(dim=1).float().cpu()
+            norms[channels] = torch.hypot(norms[channels], weights.flatten(1).norm(dim=1).float().cpu())
         if measure == "neuron" and space["norms"]:
             parts, gains = neurons(model.get_submodule(space["norms"][0]))
             norms *= gains
@@ -150,6 +152,15 @@ def shorten(parts, limit, norms, held):
         before = weights[rows].clone()
         absolute_reduce(weights, limit, norms[channels].to(weights.device))
         weights[rows] = before
+
+
+def refuse_fixed_scales(model):
+    """ValueError where batch norm's scales do not train: what `neurons` shortens could never grow again."""
+    for space in trained_spaces(model):
+        for norm in space["norms"]:
+            if not model.get_submodule(norm).weight.requires_grad:
+                raise ValueError(f"--filter-measure neuron shortens batch norm's scales, and those of {norm} are "
+                                 "fixed; take --filter-measure filter")
 
 
 def neurons(norm):
@@ -236,7 +247,7 @@ class Pruner:
         """
         self.check(model)
         self.note(model, evaluate, time.perf_counter())
-        if self.history[-1]["loss"] > self.settings["stop_loss"]:
+        if not self.history[-1]["loss"] <= self.settings["stop_loss"]:
             raise ValueError(f"the validation loss is {self.history[-1]['loss']:.4g} before any filter is removed, "
                              f"above stop_loss {self.settings['stop_loss']}; raise it, or train longer")
         while self.history[-1]["loss"] <= self.settings["stop_loss"]:

@@ -33,7 +33,7 @@ WORDS = ("activation", "pooling", "shortcut")       # of which a network has som
 
 
 def build(name, bits=None, **arguments):
-    """The network called `name` of resnet_factorized.py or models.py, freshly initialised.
+    """The network called `name` of resnet_factorized.py or models/, freshly initialised.
 
     bits: {layer: [of weights, of activations]} of one that is quantized (`quantization.layer_bits`).
     """

@@ -1,7 +1,7 @@
 """Say what is on a picture: `python predict.py cat.png photos/ --checkpoint model.pt.gz`.
 
 Pictures, or folders of them, of any size and mode; each is cropped to its middle
-square and scaled to what the network takes, as `pictures.py` says. --checkpoint is a
+square and scaled to what the network takes, as `engine/pictures.py` says. --checkpoint is a
 run's folder or file, a compact or safetensors file, or an ONNX file; classes and form
 of the images stand in it. One picture that cannot be read does not keep the others
 from being told; it is named at the end, with exit code 2.

@@ -31,19 +31,22 @@ import cifar10
 import quantization
 from deploy import integer_inference
 from engine import checkpoint, commandline, files, run_files
+from engine.modes import in_mode
 from networks import architecture_of, build, check_batch, data_of, image_shape, load_network
 from train import DEFAULTS, find_checkpoint
 
 DENSE_PARAMETERS, DENSE_MACS = 11_173_962, 555_422_720    # ResNet-18, groups 1, 10 classes, 32x32
 WRN_PARAMETERS, WRN_MACS = 36_479_194, 5_243_328_768      # WRN-28-10, the reference for CIFAR-100 of MicroNet
 PROFILER_PARAMETERS, PROFILER_OPERATIONS = 5_586_981, 834_362_880    # the earlier profiler's reference
+COUNTED_AGAIN = {"macs", "nominal_macs", "multiplies", "adds", "scaled"}      # of a layer that runs twice
 
 
 @torch.no_grad()
 def count_layers(model, shape):
     """One row a layer that holds parameters or is counted by a score, in the order of execution.
 
-    shape: (C, H, W) of one image. A row has name, kind, parameters, nonzero,
+    shape: (C, H, W) of one image. A layer that runs twice has one row, with the
+    operations of both. A row has name, kind, parameters, nonzero,
     sparsity, macs, nominal_macs and what the scores need. Only zeros among
     convolution and linear weights count as removed.
     """
@@ -52,16 +55,22 @@ def count_layers(model, shape):
              nn.ReLU: activation_row, nn.AvgPool2d: pool_row}
     for name, module in model.named_modules():
         kind = next((row for kind, row in kinds.items() if isinstance(module, kind)), None)
+        if kind is None and next(module.parameters(recurse=False), None) is not None:
+            kind = other_row
         if kind:
             def hook(layer, inputs, output, name=name, kind=kind):
-                rows.append(row_of(name, layer, kind(layer, output), output) | few_bits(layer, inputs[0], output))
+                row = row_of(name, layer, kind(layer, output), output) | few_bits(layer, inputs[0], output)
+                again = next((each for each in rows if each["name"] == name), None)
+                if again is None:
+                    rows.append(row)
+                for counted in COUNTED_AGAIN & row.keys() if again else ():     # it has its parameters once
+                    again[counted] += row[counted]
             hooks.append(module.register_forward_hook(hook))
-    was_training = model.training
-    device = next(iter(model.state_dict().values())).device
+    some = next((tensor for tensor in model.state_dict().values() if tensor.is_floating_point()), torch.empty(0))
     try:
-        model.eval()(torch.zeros(1, *shape, device=device))
+        with in_mode(model):
+            model(torch.zeros(1, *shape, device=some.device, dtype=some.dtype))
     finally:
-        model.train(was_training)
         for handle in hooks:
             handle.remove()
     return rows
@@ -72,7 +81,8 @@ def row_of(name, layer, specific, output):
     prunable = isinstance(layer, (nn.Conv2d, nn.Linear))
     weight = torch.empty(0) if not prunable else layer.integers() if hasattr(layer, "integers") else layer.weight
     weights, zeros = weight.numel(), int((weight == 0).sum())
-    parameters = sum(tensor.numel() for tensor in [weight] + others_of(layer))
+    others = others_of(layer) if prunable or hasattr(layer, "integers") else layer.parameters(recurse=False)
+    parameters = weight.numel() + sum(tensor.numel() for tensor in others)
     magnitudes = weight[weight != 0].abs() if not hasattr(layer, "integers") else torch.empty(0)
     binary = len(magnitudes) > 1 and bool((magnitudes == magnitudes[0]).all())
     row = {"name": name, "kind": type(layer).__name__, "output": tuple(output.shape[1:]), "parameters": parameters,
@@ -119,9 +129,14 @@ def convolution_row(layer, output):
 
 
 def linear_row(layer, output):
-    """MACs = inputs x outputs."""
-    macs = layer.in_features * layer.out_features
-    return {"macs": macs, "multiplies": macs, "adds": macs - (0 if layer.bias is not None else layer.out_features)}
+    """MACs = inputs x outputs, of each position where a layer is applied to several."""
+    macs = layer.in_features * output.numel()
+    return {"macs": macs, "multiplies": macs, "adds": macs - (0 if layer.bias is not None else output.numel())}
+
+
+def other_row(layer, output):
+    """A layer of another kind that holds parameters: they count, its operations do not."""
+    return {}
 
 
 def norm_row(layer, output):

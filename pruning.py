@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from engine import shrinking
+from engine.doubles import back, in_double
+from engine.modes import in_mode
 from engine.operations import macs_of
 from engine.settings import Setting, line, only
 
@@ -35,11 +37,11 @@ def lamp_scores(weight):
     Lee et al. 2021 (arXiv:2010.07611), equation 4: the largest weight of each
     layer scores 1, and thin layers are spared without settings.
     """
-    squares, order = weight.detach().double().flatten().square().sort()
+    squares, order = in_double(weight.detach()).flatten().square().sort()
     tails = squares.flip(0).cumsum(0).flip(0)
     scores = torch.empty_like(squares)
     scores[order] = squares / tails.clamp_min(torch.finfo(squares.dtype).tiny)
-    return scores.view_as(weight)
+    return back(scores.view(weight.shape), weight.device)
 
 
 SCORES = {name.removesuffix("_scores"): score for name, score in list(globals().items()) if name.endswith("_scores")}
@@ -151,7 +153,7 @@ def ranked(scores, masks, protected, removed):
     All are made contiguous: torch's pruning cannot rank weights in channels_last, which they are in on CUDA.
     """
     holders, importance = {}, {}
-    for name, score in scores.items():
+    for name, score in in_order(scores, masks).items():
         score, holder = score.contiguous(), nn.Module()
         holder.weight = nn.Parameter(score.clone())
         prune.custom_from_mask(holder, "weight", masks[name].contiguous())
@@ -160,6 +162,25 @@ def ranked(scores, masks, protected, removed):
     prune.global_unstructured([(holder, "weight") for holder in holders.values()], prune.L1Unstructured,
                               importance_scores=importance, amount=removed)
     return {name: holder.weight_mask.bool() for name, holder in holders.items()}
+
+
+def in_order(scores, masks):
+    """The scores, or where one is negative their ranks among all: torch's pruning ranks by magnitude.
+
+    ValueError for a NaN among those that `masks` keeps.
+    """
+    wrong = {name: int(torch.isnan(score[masks[name]]).sum()) for name, score in scores.items()}
+    for name, count in wrong.items():
+        if count:
+            raise ValueError(f"{count:,} scores of {name} are NaN; they cannot be ranked")
+    if not any(bool((score < 0).any()) for score in scores.values()):
+        return scores
+    order = torch.cat([score.flatten().cpu() for score in scores.values()]).argsort(stable=True)
+    ranks = torch.empty(len(order), dtype=torch.float64)
+    ranks[order] = torch.arange(len(order), dtype=torch.float64)
+    parts = ranks.split([score.numel() for score in scores.values()])
+    return {name: back(part.view(score.shape), score.device)
+            for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
 def floor_of(weight, mask, density):
@@ -295,7 +316,7 @@ def strength_of(model, space):
 def remove_weak(model, strengths, limit, average=None, optimizer=None, masks=None):
     """Remove the channels no stronger than `limit`, as far as groups stay even; returns what `narrow` returns."""
     changed = {}
-    for space in inner_spaces(model, strengths):
+    for space in inner_spaces(model, strengths) if strengths else ():
         strength = strengths[space["name"]]
         keep = shrinking.balanced(strength <= limit, strength, *shrinking.partitions(model, space))
         if len(keep) < len(strength):
@@ -351,4 +372,5 @@ def recalibrate(model, batches):
     After pruning the activations have other means and variances than the running
     ones. batches: an iterable of (N, C, H, W), or of tuples that begin with it.
     """
-    torch.optim.swa_utils.update_bn(batches, model)
+    with in_mode(model, training=True):
+        torch.optim.swa_utils.update_bn(batches, model)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import packing
+from engine.modes import in_mode
 from engine.strides import picked
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
@@ -163,6 +164,8 @@ def quantized(layer, bits, extent=None):
     bits: [of weights, of activations]; extent: (mean magnitude, lowest, highest) of its
     inputs, to begin the steps with; without, they wait for a file's.
     """
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        raise ValueError(f"a convolution of few bits pads with zeros, not with padding_mode {layer.padding_mode!r}")
     layer.__class__ = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
     layer.weight_bits, layer.activation_bits = bits
     layer.weight_step = nn.Parameter(first_weight_step(layer.weight, layer.weight_bits))
@@ -249,7 +252,7 @@ def input_ranges(model, batches, count=2):
     batches: of images as they are, of which `count` are taken, with batch norm's
     statistics of each, as in training; the model is afterwards as it was.
     """
-    kept, was_training = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.training
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = {name: [] for name in layers_of(model)}
 
     def watch(name):
@@ -260,12 +263,13 @@ def input_ranges(model, batches, count=2):
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers_of(model).items()]
     try:
         device = next(model.parameters()).device
-        for images, _ in itertools.islice(batches, count):
-            model.train()(images.to(device))
+        with in_mode(model, training=True):
+            for images, _ in itertools.islice(batches, count):
+                model(images.to(device))
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training).load_state_dict(kept)
+        model.load_state_dict(kept)
     return {name: (sum(means) / len(means), min(lows), max(highs)) for name, seen in found.items() if seen
             for means, lows, highs in [zip(*seen, strict=True)]}
 

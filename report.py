@@ -304,10 +304,17 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def as_text(text):
+    """A text as UTF-8 can hold it: the name of a run's folder need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def main(argv):
     """Read the runs, print the table, write, draw."""
     arguments = parse(argv)
     if arguments.pages:
+        if not tables.pages_of("."):
+            raise ValueError("there is no README.md here and no docs/; run it in the project's folder")
         changed = tables.write_pages()
         print(f"written: tables in {', '.join(map(str, changed))}" if changed else "all pages are up to date")
         return
@@ -319,10 +326,10 @@ def main(argv):
     check_kept(runs, out)
     cifar10.check_folder(out)
     table, from_nothing = table_of(one_a_seed(runs)), [run for run in runs if not run["continued"]]
-    print(markdown_of(table))
-    files.write(out / "table.md", markdown_of(table).encode())
-    files.write(out / "table.csv", table.to_csv(index=False).encode())
-    files.write(out / "time.csv", times_of(from_nothing, arguments.level).to_csv(index=False).encode())
+    print(as_text(markdown_of(table)))
+    for name, text in (("table.md", markdown_of(table)), ("table.csv", table.to_csv(index=False)),
+                       ("time.csv", times_of(from_nothing, arguments.level).to_csv(index=False))):
+        files.write(out / name, as_text(text).encode())
     for run in runs:
         with files.noted():
             keep(run, out)

@@ -3,9 +3,9 @@
     loss = distilled(loss, logits, teach(teacher, images), temperature=4, weight=0.9)
 
 Hinton et al. 2015 (arXiv:1503.02531), section 2. `train.py` calls it in each step
-when --teacher names a checkpoint. The teacher sees the batch as the student does,
-so that it composes with CutMix and mixup, whose soft targets stay in the other
-part of the loss.
+when --teacher names a checkpoint. The teacher sees the batch as the student does, but at
+full size where --resize makes the student's smaller. So it composes with CutMix and
+mixup, whose soft targets stay in the other part of the loss.
 
 With --teacher-views the teacher is asked once, about so many crops and mirrorings of every
 training image (Shen and Xing 2021, arXiv:2112.01528); the student sees just these, and

@@ -10,6 +10,7 @@ import math
 import filter_pruning
 import morphnet
 import pruning
+from binaryconnect import BINARY
 from engine import parallel
 from engine.operations import macs_of
 from engine.settings import Setting, check_each, flag_of, joined, line, only
@@ -23,7 +24,7 @@ SETTINGS = joined({
         SHRINKING, "shrinks the network, which takes one process: run it without torchrun")),
     "sparsity": Setting([], "share of the remaining weights pruned after a round", low=0, below=1, form=float,
                         many="+"),
-    "finetune_lr": Setting(1.0, "learning rates of the rounds behind a pruning, as a multiple of the first round's",
+    "finetune_lr": Setting(1.0, "learning rates of the rounds after a pruning, as a multiple of the first round's",
                            above=0, high=1e6, only=(("pruning", FINETUNED),)),
 }, pruning.SETTINGS, filter_pruning.SETTINGS, only("pruning", ("morphnet",), morphnet.SETTINGS))
 
@@ -107,7 +108,8 @@ def check_position(settings, state):
                          "a new run with another --out")
     masks = state.get("masks") or {}
     zeros = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(1, sum(mask.numel() for mask in masks.values()))
-    if settings["pruning"] in GRADUAL and masks and settings["sparsity"][0] < zeros - 0.001:
+    lowered = settings["sparsity"] != before["sparsity"]      # of its own sparsity --macs may leave a few more zeros
+    if settings["pruning"] in GRADUAL and masks and lowered and settings["sparsity"][0] < zeros - 0.001:
         raise ValueError(f"sparsity {settings['sparsity'][0]}: the run has pruned {100 * zeros:.1f} % already, which "
                          "stay zero; give as much or more, or start a new run with another --out")
 
@@ -135,6 +137,8 @@ def check_pruning(settings, model, masks, round_, steps, shape):
                          "more --epochs or a smaller --batch-size")
     if how == "filters" and not filter_pruning.trained_spaces(model):
         raise ValueError(f"--pruning filters: {settings['model']} has no layer that can lose filters")
+    if how == "filters" and settings["filter_measure"] == "neuron":
+        filter_pruning.refuse_fixed_scales(model)
     if how == "l1_cycle":
         pruner = filter_pruning.Pruner(settings["cycle_settings"])
         pruner.check(model) if round_ else pruner.refuse_idle(model)
@@ -216,6 +220,16 @@ def never_reduces(settings, parameters):
         return (f"--pruning filters removes nothing: {parameters:,} parameters are no more than --filter-until "
                 f"{settings['filter_until']}")
     return ""
+
+
+def removes_strong(settings):
+    """Why channels are chosen by what says nothing in a run with binary weights, as a sentence; "" in others."""
+    by_length = (settings.get("pruning") == "l1_cycle" or settings.get("macs")
+                 or settings.get("pruning") == "filters" and settings["filter_measure"] == "filter")
+    if settings["weights"] not in BINARY or not by_length:
+        return ""
+    return ("channels leave by the length of their filters, and every filter of binary weights works at full length; "
+            "train with floats first, then --start from that")
 
 
 def removes_channels(settings):

@@ -10,6 +10,7 @@ size, so its weights are the same ones. `train.py` calls it on each batch when
 import torch
 import torch.nn.functional as F
 
+from engine.modes import in_mode
 from engine.settings import Setting
 
 SETTINGS = {
@@ -61,13 +62,9 @@ def check_resize(model, shape, small):
 
 def takes(model, channels, side):
     """Whether a network takes images of (channels, side, side)."""
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_mode(model):
             model(torch.zeros(1, channels, side, side, device=next(model.parameters()).device))
         return True
     except (RuntimeError, ValueError):
         return False
-    finally:
-        model.train(training)

@@ -16,7 +16,7 @@ combination of their values; then influence.csv and influence.png say how much
 each factor, and each product of factors, moves the error and the reduction.
 
 An arm that fails ends nothing: the others go on, the tables mark it, and the exit
-code is 1. `study_file.py` says what a study must be, and what is refused before any
+code is 1. `studies/study_file.py` says what a study must be, and what is refused before any
 training: names that collide, flags that a script would refuse, and runs that are there
 but were trained with other settings than their arm has now.
 """
@@ -41,11 +41,19 @@ NUMBERS = ["validation_accuracy", "test_accuracy", "parameters", "nonzero", "spa
 MEASURED = ("parameters", "nonzero", "sparsity", "macs", "binary_weights", "score_course")
 
 
-def train_arm(arm, flags, seed, folder):
+def refuse_trained(folder):
+    """ValueError for a folder without last.pt that holds a trained network: it cannot go on, and is not finished."""
+    if (folder / "model.pt").exists():
+        raise ValueError(f"{folder} holds a model.pt, but neither `finished` nor last.pt: if it is this arm's finished "
+                         f"run, say so by `touch {shlex.quote(f'{folder}/finished')}`; else move it away")
+
+
+def train_arm(arm, flags, seed, folder, data="data"):
     """Train one run to its end in a process of its own, from where it stands. RuntimeError where that fails."""
     if (folder / "finished").exists():
         return
     if not (folder / "last.pt").exists():
+        refuse_trained(folder)
         folders.hold(folder)                  # another process may be in that epoch
         for name in ("config.json", "history.csv", "views.pt"):   # of a run that ended within its first epoch
             (folder / name).unlink(missing_ok=True)
@@ -54,6 +62,7 @@ def train_arm(arm, flags, seed, folder):
     script, *own = shlex.split(arm["run"].replace("{seed}", str(seed)))
     command = [script, "--resume"] if (folder / "last.pt").exists() else [script, *shlex.split(flags), *own,
                                                                          "--seed", str(seed)]
+    command += ["--data", data]           # where the data lies now
     print(f"\n{arm['name']}, seed {seed}: python {shlex.join(command)} --out {folder}", flush=True)
     call([*command, "--out", str(folder)], show=True)
     (folder / "finished").touch()         # model.pt alone may be that of a cycle which goes on
@@ -290,7 +299,7 @@ def make_row(arm, seed, folder, out, flags, data, first):
     """
     row = {"group": arm["group"], "arm": arm["name"], "against": arm["against"], "seed": seed, "run": arm["run"]}
     try:
-        train_arm(arm, flags, seed, folder)
+        train_arm(arm, flags, seed, folder, data)
         row = row_of(arm, seed, folder, data)
         if first:
             keep_files(arm, folder, out)
@@ -307,7 +316,8 @@ def parse(argv):
     parser.add_argument("study", help="the study's JSON file")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--out", help="where the table goes (results/<study>)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
+    parser.add_argument("--seeds", type=int, nargs="+",
+                        help="train these alone; of the study's others the table holds the runs that are there")
     parser.add_argument("--arms", nargs="+", metavar="NAME",
                         help="train these alone; of the others the table holds the runs that are there")
     parser.add_argument("--finished", action="store_true", help="train nothing: the table of the runs that are there")
@@ -321,7 +331,8 @@ def main(argv):
     """Train what is not trained yet, measure, write the table."""
     arguments = parse(argv)
     study, name = read_study(arguments.study), Path(arguments.study).stem
-    out, seeds = Path(arguments.out or Path("results") / name), arguments.seeds or study["seeds"]
+    out, seeds = Path(arguments.out or Path("results") / name), list(dict.fromkeys(
+        [*study["seeds"], *(arguments.seeds or [])]))
     names = [arm["name"] for arm in study["arms"]]
     chosen = [] if arguments.finished else arguments.arms or names
     unknown = [each for each in arguments.arms or [] if each not in names]
@@ -329,15 +340,18 @@ def main(argv):
         raise ValueError(f"--arms: {arguments.study} has no arm {unknown[0]!r}; it has {', '.join(map(repr, names))}")
     check_out(arguments.study, out)
     check_runs(name, study, seeds)
-    flags, kept = f"{study['flags']} --data {shlex.quote(arguments.data)}", {}      # {arm: place whose files it has}
+    flags, kept = study["flags"], {}      # {arm: place whose files it has}
     runs = list(itertools.product(seeds, study["arms"]))
-    there = [(folder_of(name, arm, seed) / "finished").exists() for seed, arm in runs]
+    wanted = [arm["name"] in chosen and seed in (arguments.seeds or seeds) for seed, arm in runs]
     rows = {}                             # {place in `runs`: row}
-    # those that are there come first, so that no table holds fewer runs than the one before it
-    for place in sorted(range(len(runs)), key=lambda place: not there[place]):
+
+    def due():
+        """The next run: one that is finished, maybe by another process, before one to train; None at the end."""
+        left = [place for place in range(len(runs)) if place not in rows]
+        there = [place for place in left if (folder_of(name, runs[place][1], runs[place][0]) / "finished").exists()]
+        return next(iter([*there, *(place for place in left if wanted[place])]), None)
+    while (place := due()) is not None:   # so no table holds fewer runs than the one before it
         seed, arm = runs[place]
-        if arm["name"] not in chosen and not there[place]:
-            continue
         cifar10.check_folder(out)
         rows[place] = make_row(arm, seed, folder_of(name, arm, seed), out, flags, arguments.data,
                                place < kept.get(arm["name"], len(runs)))

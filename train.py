@@ -22,6 +22,7 @@ from engine.averages import update_average
 from engine.endings import enough_memory, resumable
 from engine.finite import count_finite, refuse_counted, refuse_immense, refuse_nonfinite, refuse_nonfinite_state
 from engine.folders import newest
+from engine.modes import in_mode
 from engine.settings import Setting, defaults_of, joined, line, only, without_flags
 from experiment import (
     MIXINGS,
@@ -154,23 +155,25 @@ def fit(run):
     from tqdm import tqdm
     if run.optimizer is None:
         begin_round(run)
-    if run.settings["teacher_views"]:
+    begun = time.perf_counter()
+    if has_views(run):
         take_views(run, autocast(run.device, run.dtype))
+    asking = time.perf_counter() - begun
     epochs = run.settings["epochs"][run.round]
     images = len(run.train) * run.settings["batch_size"]
     with enough_memory(run.settings), tqdm(
             total=epochs * images, initial=run.epoch * images, unit="image", unit_scale=True,
             desc=f"round {run.round + 1}", disable=not (sys.stderr.isatty() and parallel.leads())) as bar:
         while run.epoch < epochs:
-            row = run_epoch(run, bar)
+            row, asking = run_epoch(run, bar, asking), 0.0
             if bar.disable:
                 print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     if run.average is not None:
         run.model.load_state_dict(run.average.state_dict())
 
 
-def run_epoch(run, bar):
-    """One epoch: train, validate, record, save. Returns the row of history.csv."""
+def run_epoch(run, bar, asking=0.0):
+    """One epoch: train, validate, record, save. Returns the row of history.csv, whose seconds begin with `asking`."""
     begun, rate = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
     run.counted, run.pflop = {}, pflop_so_far(run)
     if run.settings.get("flips") == "alternating":
@@ -198,7 +201,7 @@ def run_epoch(run, bar):
            "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
            "pflop": run.pflop if run.pflop is None else round(run.pflop, 9),
            "images_per_second": round(len(run.train) * run.settings["batch_size"] / trained, 1),
-           "seconds": round(time.perf_counter() - begun, 1)}
+           "seconds": round(time.perf_counter() - begun + asking, 1)}
     with files.uninterrupted():      # what is counted as done is on disk
         run.epoch += 1
         run.history.append(row)
@@ -250,7 +253,7 @@ def train_step(run, images, labels, step):
     settings = run.settings
     classes = run.architecture["num_classes"]
     targets = F.one_hot(labels, classes).to(images.dtype)
-    if run.settings["teacher_views"]:                  # what the teacher said is mixed as the labels are
+    if has_views(run):                                 # what the teacher said is mixed as the labels are
         targets = torch.cat([targets, run.train.answer], 1)
     if settings["mixing"] != "none":
         images, targets = mixed(settings, images, targets, run.generator)
@@ -266,7 +269,7 @@ def train_step(run, images, labels, step):
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["label_smoothing"])
         if run.teacher is not None:
             with autocast(run.device, run.dtype):
-                taught = answers if settings["teacher_views"] else teach(run.teacher, images)
+                taught = answers if has_views(run) else teach(run.teacher, images)
             loss = distilled(loss, logits.float(), taught, settings["temperature"], settings["distillation_weight"])
         if run.search is not None:
             loss = loss + search_penalty(settings, run.model, run.search)
@@ -299,11 +302,16 @@ def progress_of(run, step):
     return (run.epoch + step / len(run.train)) / run.settings["epochs"][run.round]
 
 
+def has_views(run):
+    """Whether the teacher of `run` was asked once, about --teacher-views, and is not asked in each step."""
+    return run.teacher is not None and bool(run.settings["teacher_views"])
+
+
 def pflop_so_far(run):
     """PFLOP before the coming epoch: as far as the history goes, or what --teacher-views cost; None where unknown."""
     if run.history:
         return run.history[-1].get("pflop")              # a run may be older than the column
-    asked = (run.settings["teacher_views"] or 0) * len(getattr(run.train, "chosen", ()))
+    asked = run.settings["teacher_views"] * len(run.train.chosen) if has_views(run) else 0
     return operations.step_pflop(0, asked, operations.macs_of(run.teacher, image_shape(run.kind))) if asked else 0.0
 
 
@@ -311,7 +319,7 @@ def count_operations(run, shown, images):
     """Add a step's PFLOP to the run's: shown, images: the batch as the network and the teacher see it."""
     if run.pflop is None:
         return
-    shape, asks = shown.shape[1:], run.teacher is not None and not run.settings["teacher_views"]
+    shape, asks = shown.shape[1:], run.teacher is not None and not has_views(run)
     if shape not in run.counted:
         run.counted[shape] = (operations.macs_of(run.model, shape),
                               operations.macs_of(run.teacher, images.shape[1:]) if asks else 0)
@@ -356,16 +364,12 @@ def predict(model, batches, device, dtype=torch.float32):
 
     dtype: of the arithmetic, bfloat16 or, with float32, the images' own.
     """
-    training = model.training
-    model.eval()
-    try:
-        results = []
+    results = []
+    with in_mode(model):
         for images, labels in batches:
             with autocast(device, dtype):
                 results.append((model(images.to(device)).float(), labels.to(device)))
-        return torch.cat([logits for logits, _ in results]), torch.cat([labels for _, labels in results])
-    finally:
-        model.train(training)
+    return torch.cat([logits for logits, _ in results]), torch.cat([labels for _, labels in results])
 
 
 # ---- for the scripts that read a trained network

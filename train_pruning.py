@@ -104,8 +104,12 @@ def morph(run):
     settings, sizes = run.settings, run.search["sizes"]
     limits = settings["morph_cost"], settings["morph_budget"] * run.search["whole"]
     alive = morphnet.structure_of(run.model, settings["morph_threshold"], hint_of(settings))
-    wide, factor = morphnet.expand(run.model, alive, sizes, *limits, settings["morph_round_to"],
-                                   settings["morph_device"])
+    try:
+        wide, factor = morphnet.expand(run.model, alive, sizes, *limits, settings["morph_round_to"],
+                                       settings["morph_device"])
+    except ValueError as problem:
+        raise ValueError(f"{problem}; --resume --force with a smaller --morph-round-to or a larger --morph-budget goes "
+                         "on") from None
     before = {space["name"]: len(run.model.get_submodule(space["makers"][0]).weight)
               for space in morphnet.spaces_of(run.model)}
     morphnet.write_structure(run.out / f"structure-{run.round + 1}.json", wide)

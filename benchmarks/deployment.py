@@ -9,7 +9,6 @@ run; dense ResNet-18, eager in PyTorch and untrained, is what they are compared 
 --json writes the numbers, with a table (.md) and a plot (.png) beside them.
 """
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ import torch
 
 import cifar10
 import networks
+from benchmarks.processes import alone
 from deploy import onnx_files
 from engine import checkpoint, commandline, compiling, files, run_files
 from engine.commandline import call
@@ -116,9 +116,7 @@ def measure(name, source, folder, data, arguments):
             write_form(source, path, arguments.data)
             batches = cifar10.Batches(*cifar10.some(data.x_test, data.y_test, arguments.limit), 250, kind)
             accuracies[ending] = None if name == DENSE else test_form(form, path, batches)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            timed = pool.apply(time_form, (form, path, (kind.shape[-1], *kind.shape[:2]), arguments.repeats,
-                                           arguments.seconds))
+        timed = alone(time_form, form, path, (kind.shape[-1], *kind.shape[:2]), arguments.repeats, arguments.seconds)
         rows.append({"network": name, "form": form, "accuracy": accuracies[ending],
                      "images": len(data.y_test[:arguments.limit]), "bytes": os.path.getsize(path),
                      "parameters": profile["parameters"], "nonzero": profile["nonzero"], "macs": profile["macs"],

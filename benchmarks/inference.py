@@ -6,7 +6,6 @@ own, warms up first, and is a median with its range; --json writes the numbers, 
 table (.md) and a plot (.png) beside them.
 """
 import json
-import multiprocessing
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 import networks
+from benchmarks.processes import alone
 from deploy import onnx_files
 from engine import commandline, compiling, files, run_files
 
@@ -75,9 +75,8 @@ def measure_inference(arguments):
     for network in arguments.networks:
         for way in arguments.ways:
             for batch in arguments.batches:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    rows.append(pool.apply(time_inference, (network, way, batch, arguments.device, arguments.repeats,
-                                                            arguments.seconds)))
+                rows.append(alone(time_inference, network, way, batch, arguments.device, arguments.repeats,
+                                  arguments.seconds))
                 print_inference(rows[-1:], header=len(rows) == 1)
     base = {row["batch"]: row["milliseconds"]["median"] for row in rows
             if (row["network"], row["way"]) == ("ResNet-18 dense", "eager") and "milliseconds" in row}

@@ -15,6 +15,7 @@ from engine import commandline, files, tables
 from engine.commandline import call
 from profil import DENSE_MACS, DENSE_PARAMETERS
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMED = Path(__file__).with_suffix(".json")
 BAR = 90              # % of the test images, from which on the course's score counts
 AXES = {"parameters": "parameters that are not zero", "score": "course score"}
@@ -22,12 +23,13 @@ AXES = {"parameters": "parameters that are not zero", "score": "course score"}
 
 def measure(network, data):
     """The row of a network of ours: what test.py and profil.py find in its file."""
-    test = json.loads(call(["test.py", "--checkpoint", network["file"], "--data", data, "--json"]))
-    profile = json.loads(call(["profil.py", "--checkpoint", network["file"], "--json"]))
+    file = str(ROOT / network["file"])
+    test = json.loads(call(["test.py", "--checkpoint", file, "--data", data, "--json"]))
+    profile = json.loads(call(["profil.py", "--checkpoint", file, "--json"]))
     return {**network, "accuracy": [test["accuracy"]], "images": test["images"], "device": test["device"],
             "parameters": profile["nonzero"], "parameters_removed": profile["parameters_removed"],
             "macs": profile["macs"], "macs_removed": profile["macs_removed"], "score": profile["score_course"],
-            "bytes": os.path.getsize(network["file"])}
+            "bytes": os.path.getsize(file)}
 
 
 def completed(row):

@@ -7,7 +7,6 @@ a process of its own, warms up first, and is a median with its range; --json wri
 the numbers.
 """
 import json
-import multiprocessing
 import time
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import cifar10
 import experiment
 import train
+from benchmarks.processes import ask, begin
 from engine import commandline, compiling, files, run_files
 
 
@@ -88,14 +88,6 @@ def serve(loop, arguments, pipe):
         pipe.send(problem)
 
 
-def ask(pipe):
-    """What a process of `serve` sends next; its error is raised here."""
-    answer = pipe.recv()
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
 def measure_training(arguments):
     """The rows of the table: median and range over the repeats, by loop."""
     loops = {"ours": {}}
@@ -103,11 +95,10 @@ def measure_training(arguments):
         if getattr(arguments, name) is not None:
             loops[f"ours, --{name} {getattr(arguments, name)}"] = {name: getattr(arguments, name)}
     loops["published"] = {"recipe": "published"}
-    context, pipes, facts = multiprocessing.get_context("spawn"), {}, {}
+    pipes, facts = {}, {}
     times = {name: [] for name in loops}
     for name, loop in loops.items():
-        pipes[name], far = context.Pipe()
-        context.Process(target=serve, args=(loop, arguments, far), daemon=True).start()
+        pipes[name] = begin(serve, loop, arguments)
         facts[name] = ask(pipes[name])    # it compiles and chooses alone on the device, then the next one begins
     for repeat in range(arguments.repeats + 1):       # the first one warms up
         for name, pipe in pipes.items():

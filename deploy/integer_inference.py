@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from engine import checkpoint, files, packing
+from engine.doubles import in_double
 from engine.widths import resize
 
 FLOATS = "a packed file holds a network of few bits, this one has floats; --weights lsq trains one"
@@ -158,13 +159,13 @@ def refuse_large_sums(name, weight, entry):
 
 def integer_sums(layer, inputs):
     """Inputs (N, ...) float -> sums of integers, (N, outputs, ...) int32, exact."""
-    codes = (inputs.float() / layer.step).round().clamp(layer.low, layer.low + 2 ** layer.activation_bits - 1).double()
-    weight = layer.weight.double()
+    codes = (inputs.float() / layer.step).round().clamp(layer.low, layer.low + 2 ** layer.activation_bits - 1)
+    codes, weight = in_double(codes), in_double(layer.weight)
     if weight.dim() == 2:
         sums = F.linear(codes, weight)
     else:
         sums = F.conv2d(codes, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-    return sums.round().to(torch.int32)
+    return sums.round().to(torch.int32).to(inputs.device)
 
 
 def integer_forward(layer, inputs):

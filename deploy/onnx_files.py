@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from engine import compiling, files, packing
+from engine.modes import in_mode
 
 
 def write_onnx(model, path, shape, about=None):
@@ -27,16 +28,13 @@ def write_onnx(model, path, shape, about=None):
     (N, C, H, W) and gives "logits" (N, K); about, plain types, stands in its metadata
     as JSON. Written whole or not at all.
     """
-    was_training = model.training
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")      # of the exporter that needs no further package, but is not the newest
         target = os.path.join(folder, "model.onnx")
         axes = {"images": {0: "n"}, "logits": {0: "n"}}
-        try:
-            torch.onnx.export(model.eval(), (torch.zeros(1, *shape),), target, dynamo=False, input_names=["images"],
+        with in_mode(model):
+            torch.onnx.export(model, (torch.zeros(1, *shape),), target, dynamo=False, input_names=["images"],
                               output_names=["logits"], dynamic_axes=axes, opset_version=17)
-        finally:
-            model.train(was_training)
         files.write(path, with_metadata(target, {"network": json.dumps(about)} if about else {}))
 
 

@@ -120,7 +120,8 @@ def block_diagonal(weight, groups):
 def grouped_layers(model):
     """Its convolutions of floats with groups, the depthwise ones apart."""
     return [layer for layer in model.modules()
-            if type(layer) in (nn.Conv2d, BlockDiagonalConv2d) and 1 < layer.groups < layer.in_channels]
+            if type(layer) in (nn.Conv2d, BlockDiagonalConv2d) and 1 < layer.groups < layer.in_channels
+            and layer.padding_mode == "zeros"]
 
 
 def compute_as(model, form):
@@ -143,9 +144,11 @@ def fastest_form(speeds, margin=1.05):
 
 def forms_of(wanted, model, device):
     """The forms to choose between by time: the `wanted` one, or for "auto" both, where there is a GPU to do more on."""
+    if not grouped_layers(model):
+        return ["grouped"]
     if wanted != "auto":
         return [wanted]
-    return ["grouped", "dense"] if device.type == "cuda" and grouped_layers(model) else ["grouped"]
+    return ["grouped", "dense"] if device.type == "cuda" else ["grouped"]
 
 
 class UncountedBatchNorm2d(nn.BatchNorm2d):

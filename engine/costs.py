@@ -6,8 +6,7 @@
 """
 import math
 
-import torch
-from torch import nn
+from engine.operations import layers_run
 
 METRICS = ("macs", "parameters", "latency")
 BYTES = 4        # of a weight or an activation: float32
@@ -16,26 +15,14 @@ BYTES = 4        # of a weight or an activation: float32
 def pixels_of(model, shape):
     """{layer: (pixels of its input, of its output)} of convolutions and linear layers, for an image of (C, H, W).
 
-    In the order in which they run; a linear layer has one pixel. One pass over zeros, in
-    evaluation, leaves the model as it was. Raises ValueError for a layer that runs twice.
+    In the order in which they run; a linear layer has one pixel. The model stays as it
+    is. Raises ValueError for a layer that runs twice.
     """
-    pixels, hooks, modes = {}, [], [(module, module.training) for module in model.modules()]
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            def hook(layer, inputs, output, name=name):
-                if name in pixels:
-                    raise ValueError(f"{name} runs twice in one pass; its cost does not follow from its widths")
-                pixels[name] = math.prod(inputs[0].shape[2:]), math.prod(output.shape[2:])
-            hooks.append(module.register_forward_hook(hook))
-    some = next(model.parameters())
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *shape, device=some.device, dtype=some.dtype))
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
+    pixels = {}
+    for name, _, before, after in layers_run(model, shape):
+        if name in pixels:
+            raise ValueError(f"{name} runs twice in one pass; its cost does not follow from its widths")
+        pixels[name] = math.prod(before[2:]), math.prod(after[2:])
     return pixels
 
 

@@ -11,30 +11,39 @@ import math
 import torch
 from torch import nn
 
+from engine.modes import in_mode
+
 
 @torch.no_grad()
+def layers_run(model, shape):
+    """[(name, layer, shape of its input, of its output)] of convolutions and linear layers, in the order they run.
+
+    One pass over a zero image of (C, H, W), in evaluation: shapes have one image. A layer that runs
+    twice is there twice. The model's modes, buffers and all generators stay as they are.
+    """
+    found, hooks = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            hooks.append(module.register_forward_hook(
+                lambda layer, inputs, output, name=name: found.append((name, layer, inputs[0].shape, output.shape))))
+    some = next(tensor for tensor in model.state_dict().values() if tensor.is_floating_point())
+    try:
+        with in_mode(model):
+            model(torch.zeros(1, *shape, device=some.device, dtype=some.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def macs_of(model, shape):
     """Multiply-adds of one image's forward pass through convolutions and linear layers, groups as such.
 
-    shape: (C, H, W) of the image. The model's mode, buffers and all generators stay as they are.
+    shape: (C, H, W) of the image; the model stays as it is.
     """
-    counted, hooks = [], []
-
-    def count(layer, inputs, output):
-        each = (math.prod(layer.kernel_size) * layer.in_channels // layer.groups if isinstance(layer, nn.Conv2d)
-                else layer.in_features)
-        counted.append(output.numel() * each)
-    for layer in model.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            hooks.append(layer.register_forward_hook(count))
-    training, device = model.training, next(iter(model.state_dict().values())).device
-    try:
-        model.eval()(torch.zeros(1, *shape, device=device))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return sum(counted)
+    return sum(output.numel() * (math.prod(layer.kernel_size) * layer.in_channels // layer.groups
+                                 if isinstance(layer, nn.Conv2d) else layer.in_features)
+               for _, layer, _, output in layers_run(model, shape))
 
 
 def step_pflop(macs, images, teacher_macs=0):

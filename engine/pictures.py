@@ -6,8 +6,10 @@
 A folder of one's own pictures is laid out as torchvision's ImageFolder reads it, twice:
 data/mine/train/<class>/... and data/mine/test/<class>/..., with the same classes.
 """
+import contextlib
 import functools
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -36,7 +38,8 @@ def read_picture(path, shape, background=WHITE):
             warnings.simplefilter("ignore")            # of oddities in files that can be read
             with Image.open(path) as picture:
                 picture.load()
-                ImageOps.exif_transpose(picture, in_place=True)
+                with contextlib.suppress(SyntaxError, struct.error):      # of a header that is none
+                    ImageOps.exif_transpose(picture, in_place=True)
                 picture = to_rgb(picture, background)
                 square = ImageOps.fit(picture.convert("L") if channels == 1 else picture, (width, height),
                                       Image.Resampling.BICUBIC)
@@ -148,6 +151,7 @@ def files_in(folder):
         if os.path.realpath(inside) in seen:           # a link that leads back
             folders.clear()
             continue
+        folders[:] = [name for name in folders if not name.startswith(".")]      # of thumbnails
         seen.add(os.path.realpath(inside))
         found += [(inside, name) for name in names if is_picture(Path(inside) / name)]
     return [Path(inside) / name for inside, name in sorted(found)]

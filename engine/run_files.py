@@ -77,18 +77,21 @@ def sources_of(folder):
 
 def write_config(run, sources):
     """config.json of a run that begins or goes on: its settings, `sources` of `sources_of`, versions and device."""
+    read = {name: run.settings[name] for name in ("teacher", "start") if run.settings[name]}
     config = {"settings": run.settings, "architecture": run.architecture,
               "device": commandline.device_name(run.device), "processes": parallel.ranks(),
               "arithmetic": run.arithmetic, "convolutions": run.form,
               "started": time.strftime("%Y-%m-%d %H:%M:%S"),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+              "sha256": {name: files.sha256_of(path) for name, path in read.items() if Path(path).exists()},
               "source": sources}
     path = run.out / "config.json"
     if run.made is None and path.exists():
         with files.noted():              # all that counts is in last.pt
             first = files.read_json(path)
             before = check(path, first, "resumed", list, optional=True) or []
-            config |= {"started": first.get("started"), "resumed": [*before, config["started"]]}
+            config |= {"started": first.get("started"), "resumed": [*before, config["started"]],
+                       "sha256": check(path, first, "sha256", dict, optional=True) or {}}
     files.write(path, json.dumps(config, indent=1).encode())
 
 
@@ -105,7 +108,8 @@ def read_config(folder):
     for place in range(len(config["settings"]["sparsity"])):
         check(path, dict(enumerate(config["settings"]["sparsity"])), place, float)
     check(path, config["architecture"], "name", str)
-    check(path, config, "versions", dict, optional=True)
+    for name in ("versions", "sha256"):
+        check(path, config, name, dict, optional=True)
     if "groups" in config["architecture"]:
         check(path, config["architecture"], "groups", int)
         if not isinstance(config["architecture"].get("shuffle"), bool):

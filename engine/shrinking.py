@@ -75,19 +75,25 @@ def shrink_layer(layer, keep_indexes_input=None, keep_indexes_output=None, unfol
     for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
         if tensor.dim():
             tensor.data, tensor.grad = cut(tensor.data, layer, name, *indexes), None
-    set_widths(layer, keep_indexes_output if keep_indexes_output is not None else keep_indexes_input)
+    keep = keep_indexes_output if keep_indexes_output is not None else keep_indexes_input
+    set_widths(layer, len(keep) * (unfold_factor if is_norm(layer) else 1))
     return layer
 
 
 def cut(tensor, layer, name, keep_indexes_input, keep_indexes_output, unfold_factor=1):
     """What stays of `tensor`, which belongs to the parameter or buffer `name` of the layer: itself, a slot, a mask."""
-    if layer.weight.dim() == 1 or is_depthwise(layer):
+    if is_norm(layer) or is_depthwise(layer):
         keep = keep_indexes_output if keep_indexes_output is not None else keep_indexes_input
-        return shrink_vector(tensor, keep)
+        return shrink_vector(tensor, keep, unfold_factor if is_norm(layer) else 1)
     if name == "weight":
         return shrink_tensor(tensor, keep_indexes_input, keep_indexes_output, unfold_factor,
                              getattr(layer, "groups", 1))
     return tensor if keep_indexes_output is None else shrink_vector(tensor, keep_indexes_output)
+
+
+def is_norm(layer):
+    """Whether a layer is a batch norm, with parameters of its own or without."""
+    return layer.weight is None or layer.weight.dim() == 1
 
 
 def is_depthwise(layer):
@@ -95,14 +101,14 @@ def is_depthwise(layer):
     return 1 < getattr(layer, "groups", 1) == layer.in_channels == layer.out_channels
 
 
-def set_widths(layer, keep):
-    """The attributes that name widths, after the tensors were cut."""
-    if layer.weight.dim() == 1:
-        layer.num_features = len(layer.weight)
+def set_widths(layer, kept):
+    """The attributes that name widths, after the tensors were cut; kept: how many outputs or inputs it keeps."""
+    if is_norm(layer):
+        layer.num_features = kept
     elif isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
     elif is_depthwise(layer):
-        layer.in_channels = layer.out_channels = layer.groups = len(keep)
+        layer.in_channels = layer.out_channels = layer.groups = kept
     else:
         layer.out_channels, layer.in_channels = len(layer.weight), layer.weight.shape[1] * layer.groups
 
@@ -112,7 +118,7 @@ def shrink_slots(optimizer, layer, keep_indexes_input=None, keep_indexes_output=
     for name, parameter in layer.named_parameters(recurse=False):
         slots = optimizer.state.get(parameter, {})
         for slot, tensor in slots.items():
-            if isinstance(tensor, torch.Tensor) and tensor.shape == parameter.shape:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape == parameter.shape:
                 slots[slot] = cut(tensor, layer, name, keep_indexes_input, keep_indexes_output, unfold_factor)
 
 
@@ -176,11 +182,17 @@ def refuse_selective(model, space):
 
 
 def partitions(model, space):
-    """(rows, columns): for each channel of a space its group where it is made and where it is read, both (C,)."""
+    """(rows, columns): for each channel of a space its group where it is made and where it is read, both (C,).
+
+    ValueError where one side has other groups than the other, as channels cannot leave both evenly.
+    """
     layers = {kind: [model.get_submodule(name) for name in space[kind]] for kind in ("makers", "readers")}
     count = len(layers["makers"][0].weight)
     rows, columns = (max((getattr(layer, "groups", 1) for layer in layers[kind]), default=1)
                      for kind in ("makers", "readers"))
+    if 1 < min(rows, columns) < max(rows, columns):
+        raise ValueError(f"channels of {space['name']} are made in {rows} groups and read in {columns}; they cannot "
+                         "leave in equal numbers")
     channels = torch.arange(count)
     made, read = channels // max(1, count // rows), channels // max(1, count // columns)
     if space["shuffled"]:

@@ -45,8 +45,8 @@ def layer_like(layer, width, weight=None):
     """A fresh layer like `layer` but for its width; the shape of `weight` gives a convolution's groups."""
     if isinstance(layer, nn.Conv2d):
         groups = layer.groups if weight is None else width[0] // max(1, weight.shape[1])
-        fresh = nn.Conv2d(*width, layer.kernel_size, layer.stride, layer.padding, groups=groups,
-                          bias=layer.bias is not None)
+        fresh = nn.Conv2d(*width, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups,
+                          layer.bias is not None, layer.padding_mode)
     elif isinstance(layer, nn.Linear):
         fresh = nn.Linear(*width, bias=layer.bias is not None)
     else:

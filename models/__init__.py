@@ -78,7 +78,8 @@ def build(name, num_classes=10, in_channels=3, size=32, activation="relu", pooli
     given = {"size": size, "activation": activation, "pooling": pooling, "shortcut": shortcut}
     for argument, value in given.items():
         if argument not in own and value != CHOICES[argument][0]:
-            raise ValueError(f"{name} has no {argument} to choose, only {' and '.join(own)}; {argument} was {value!r}")
+            others = f", only {' and '.join(own)}" if own else ""
+            raise ValueError(f"{name} has no {argument} to choose{others}; {argument} was {value!r}")
         if argument in own and value not in CHOICES[argument]:
             choices = ", ".join(map(str, CHOICES[argument]))
             raise ValueError(f"{name} takes no {argument} {value!r}; choose from {choices}")

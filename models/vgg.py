@@ -1,6 +1,6 @@
 """A dense network made for accuracy per operation: a VGG that pools early, behind a whitening stem.
 
-    model = build("vgg6-64-256-256", activation="gelu")       # 1.97 M parameters, 117 M MACs at 32x32
+    model = build("vgg6-64-256-256", activation="gelu")       # 1.97 M parameters, 118 M MACs at 32x32
     model = build("vgg9-128-512-512", activation="gelu")      # three convolutions a stage, two of them with a shortcut
 
 After airbench (Jordan 2024, arXiv:2404.00498). Each of three stages is convolution, 2x2
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.doubles import in_double
 from resnet_factorized import convolution, space
 
 LOGITS = 1 / 16      # what the classifier's inputs are multiplied by, so that it may start small and move fast
@@ -81,9 +82,10 @@ class PoolingVGG(nn.Module):
     def whiten(self, images):
         """Set the stem's filters from training images, (N, C, H, W) float, normalised; a few thousand suffice."""
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
-        variances, directions = torch.linalg.eigh(patches.double().T @ patches.double() / len(patches))
+        patches = in_double(patches)
+        variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
         filters = (directions / (variances + SMALLEST_VARIANCE).sqrt()).T.flip(0).view(-1, *self.conv1.weight.shape[1:])
-        self.conv1.weight.copy_(torch.cat([filters, -filters]))
+        self.conv1.weight.copy_(torch.cat([filters, -filters]).to(self.conv1.weight.dtype))
 
     def forward(self, images):
         hidden = self.layer3(self.layer2(self.layer1(self.activation(self.conv1(images)))))

@@ -203,11 +203,22 @@ def check_runs(name, study, seeds):
         folder = folder_of(name, arm, seed)
         if (folder / "config.json").exists() and ((folder / "finished").exists() or (folder / "last.pt").exists()):
             before = defaults_of(SCRIPTS[command_of(study, arm, seed)[0]].SETTINGS)
-            stored = {**before, **run_files.read_config(folder)["settings"]}
+            config = run_files.read_config(folder)
+            stored = {**before, **config["settings"]}
             differ = differences(stored, settings_of(study, arm, seed))
             if differ:
                 raise ValueError(f"{folder} was trained with other settings than arm {arm['name']!r} has now "
                                  f"({'; '.join(differ)}); rename the arm or the study, or move that folder away")
+            refuse_other_files(folder, stored, config.get("sha256") or {})
+
+
+def refuse_other_files(folder, stored, sha256):
+    """ValueError where a teacher or a start is another file now than the run in `folder` began with."""
+    for name, before in sha256.items():
+        path = stored.get(name)
+        if path and Path(path).exists() and files.sha256_of(path) != before:
+            raise ValueError(f"{folder} was trained with another --{name} than {path} is now; move that folder away "
+                             "to train it again, or put the file back")
 
 
 def differences(stored, wanted):

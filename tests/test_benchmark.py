@@ -44,9 +44,7 @@ def test_loops_compile_and_choose_one_after_the_other(monkeypatch):
 
         def send(self, asked):
             pass
-    context = SimpleNamespace(Pipe=lambda: (Pipe(), None), Process=lambda **given: SimpleNamespace(
-        start=lambda: events.append("start")))
-    monkeypatch.setattr(training.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(training, "begin", lambda *given: events.append("start") or Pipe())
     rows = training.measure_training(SimpleNamespace(resize=8, convolutions=None, repeats=2, dataset="digits"))
     assert events == ["start", "ready"] * 3 and len(rows) == 3
 

@@ -193,7 +193,7 @@ def test_deployment_tests_a_folder_s_network_as_it_was_trained(tmp_path, monkeyp
     monkeypatch.setattr(deployment, "FORMS", {"PyTorch": ".pt"})
     monkeypatch.setattr(deployment, "write_form", lambda source, path, data: shutil.copy(source, path))
     monkeypatch.setattr(deployment, "open_form", lambda form, path: networks.load_network(path)[0])
-    monkeypatch.setattr(deployment.multiprocessing, "get_context", lambda way: Alone())
+    monkeypatch.setattr(deployment, "alone", lambda function, *given: function(*given))
     monkeypatch.setattr(deployment, "call", lambda command: json.dumps({"parameters": 1, "nonzero": 1, "macs": 1}))
     deployment.main([str(tmp_path / "run"), "--repeats", "1", "--seconds", "0.05"])
     model, state = networks.load_network(tmp_path / "run" / "model.pt")
@@ -201,22 +201,6 @@ def test_deployment_tests_a_folder_s_network_as_it_was_trained(tmp_path, monkeyp
     data = cifar10.load(name, "data", kind.classes)
     right = half_test.test_network(model, data, kind, "float", torch.device("cpu"))["accuracy"]
     assert found["rows"][-1]["accuracy"] == pytest.approx(right) and right > 90
-
-
-class Alone:
-    """In place of a pool of processes: this one."""
-
-    def Pool(self, count):                             # noqa: N802  (its name)
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *problem):
-        return False
-
-    def apply(self, function, arguments):
-        return function(*arguments)
 
 
 def test_checkpoints_of_deployment_are_found_as_others_are(own):

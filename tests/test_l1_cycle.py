@@ -73,6 +73,11 @@ def test_the_cycle_ends_when_nothing_qualifies_and_never_empties_a_layer():
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
+def test_a_loss_that_is_no_number_is_an_error():
+    with pytest.raises(ValueError, match="the validation loss is nan before any filter is removed"):
+        Pruner({}).prune(models.build("lenet5"), None, lambda network: float("nan"))
+
+
 def test_a_limit_that_is_exceeded_at_once_is_an_error():
     with pytest.raises(ValueError, match="0.5 before any filter is removed, above stop_loss 0.1"):
         Pruner({}).prune(models.build("lenet5"), None, lambda network: 0.5)

@@ -3,6 +3,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -67,3 +68,22 @@ def test_a_demo_replaces_a_demo_alone(settings, kept, tmp_path):
     code, printed = make(tmp_path, "demo", "RUN=true")
     assert run.exists() == kept and (code != 0) == kept
     assert ("error: runs/demo holds something else than a demo; move it away" in printed) == kept
+
+
+def test_ctrl_c_reaches_what_make_runs(tmp_path):
+    """As from a terminal: the foreground's group of processes hears it, and `timeout` must leave study.py in it."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "study.py").write_text("import pathlib, time\npathlib.Path('begun').touch()\ntry:\n    time.sleep(60)\n"
+                                       "except KeyboardInterrupt:\n    pathlib.Path('heard').touch()\n")
+    own = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
+    process = subprocess.Popen(["make", "headline", f"RUN={sys.executable}"], cwd=tmp_path, env=own,
+                               start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(30)
+    while not (tmp_path / "heard").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (tmp_path / "heard").exists()

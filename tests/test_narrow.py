@@ -211,3 +211,14 @@ def test_other_prunings_say_that_it_changes_nothing(tmp_path, capsys):
     train_pruning.main([*SMALL, "--dataset", "digits", "--model", "lenet5", "--pruning", "filters", "--epochs", "2",
                         "--macs", "100000", "--out", str(tmp_path / "run")])
     assert "--macs 100000 changes nothing without --pruning rounds or polynomial or constant" in capsys.readouterr().err
+
+
+def test_where_no_channel_may_leave_the_number_is_refused_or_met_already():
+    model, excluded = network("lenet5"), ["conv2", "linear2"]        # which touch every space
+    before = copy.deepcopy(model.state_dict())
+    assert pruning.narrow(model, macs_of(model, SHAPE), SHAPE, exclude=excluded) == {}
+    with pytest.raises(ValueError, match="without any channel that can leave the network still has 651,720"):
+        pruning.narrow(model, 300_000, SHAPE, exclude=excluded)
+    with pytest.raises(ValueError, match="still has 651,720 multiply-adds"):
+        pruning.check_macs(model, 300_000, SHAPE, exclude=excluded)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import profil
 import pruning
 import quantization
+from engine import operations
 from resnet_factorized import build
 
 
@@ -180,3 +181,29 @@ def test_what_would_change_nothing_or_fail_late_is_refused(flags, reason, traine
     with pytest.raises((ValueError, OSError), match=reason):
         profil.main([*checkpoint, *flags])
     assert capsys.readouterr().out == ""
+
+
+# ---- networks of somebody's own
+
+class Own(nn.Module):
+    """A layer that runs twice, a linear layer over positions, and layers of other kinds that hold parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.PReLU(4), nn.GroupNorm(2, 4)
+        self.up, self.linear = nn.ConvTranspose2d(4, 2, 2, stride=2), nn.Linear(16, 5)
+
+    def forward(self, images):
+        maps = self.norm(self.act(self.conv(self.conv(images))))
+        return self.linear(self.up(maps).flatten(2)[:, :, :48].view(len(images), 2, 3, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_layer_has_one_row_and_every_parameter_counts_once(dtype):
+    model = Own().to(dtype)
+    rows = {row["name"]: row for row in profil.count_layers(model, (4, 8, 8))}
+    assert sum(row["parameters"] for row in rows.values()) == sum(weight.numel() for weight in model.parameters())
+    assert list(rows) == ["conv", "act", "norm", "up", "linear"]
+    assert rows["conv"]["macs"] == 2 * 64 * 4 * 36 and rows["linear"]["macs"] == 2 * 3 * 16 * 5
+    totals = profil.totals_of(list(rows.values()))
+    assert totals["macs"] == operations.macs_of(model, (4, 8, 8))

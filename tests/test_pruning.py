@@ -387,3 +387,35 @@ def test_dropped_weights_gather_no_momentum(tmp_path):
     for name, mask in run.masks.items():
         slot = run.optimizer.state[model.get_parameter(name)]["momentum_buffer"]
         assert bool((slot[~mask] == 0).all()) and bool((slot[mask] != 0).any()), name
+
+
+# ---- scores of one's own
+
+@pytest.mark.parametrize("score", [lambda weight: weight.detach().abs().log(), lambda weight: weight.detach().abs() - 9,
+                                   lambda weight: -1 / weight.detach().abs()])
+def test_scores_below_zero_rank_as_others_do(score, monkeypatch):
+    """Each rises with the magnitude, so the masks are those of the magnitude, round after round."""
+    monkeypatch.setitem(pruning.SCORES, "own", score)
+    by_magnitude, by_own = small_model(), small_model()
+    for model in (by_magnitude, by_own):
+        with torch.no_grad():
+            model[0].weight.flatten()[:5] = 0          # whose logarithm is minus infinity
+    expected = two_rounds(by_magnitude, 0.6)
+    found = two_rounds(by_own, 0.6, score="own")
+    assert all(torch.equal(found[name], expected[name]) for name in WEIGHTS)
+
+
+def test_a_signed_score_takes_the_lowest(monkeypatch):
+    monkeypatch.setitem(pruning.SCORES, "signed", lambda weight: weight.detach())
+    model = small_model()
+    masks = pruning.global_masks(model, 0.5, minimum_density=0, score="signed")
+    values = torch.cat([model.get_parameter(name).flatten() for name in WEIGHTS])
+    mask = torch.cat([masks[name].flatten() for name in WEIGHTS])
+    assert values[mask].min() > values[~mask][values[~mask] < values.median()].max()
+    assert kept(masks) == TOTAL // 2
+
+
+def test_a_score_that_is_no_number_is_refused_by_its_layer(monkeypatch):
+    monkeypatch.setitem(pruning.SCORES, "own", lambda weight: weight.detach().sqrt())
+    with pytest.raises(ValueError, match="scores of 0.weight are NaN"):
+        pruning.global_masks(small_model(), 0.5, score="own")

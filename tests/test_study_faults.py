@@ -1,5 +1,6 @@
 """Faults of studies and reports: names that collide, stale numbers, other shapes, arms and plots that fail."""
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import profil
 import report
 import study
 import test as half_test
+import train
 from engine import checkpoint, files, run_files, tables
 
 LENET = "train.py --mixing none --model lenet5"
@@ -245,3 +247,93 @@ def test_pages_show_what_results_hold():
     assert len(tables.pages_of(ROOT)) > 5
     for page in tables.pages_of(ROOT):
         assert tables.fill(page.read_text(), ROOT) == page.read_text(), f"{page.name}: python report.py --pages"
+
+
+# ---- runs that are there
+
+@pytest.mark.parametrize("name, flag", [("teacher", "--teacher"), ("start", "--start")])
+def test_a_student_of_another_teacher_is_refused(name, flag, here):
+    path = study_file(here, seeds=[0], arms=arms_of(("first", LENET), (
+        "second", f"{LENET} {flag} runs/small-first-s0/model.pt")))
+    study.main([str(path)])
+    study.main([str(path), "--finished"])
+    teacher = here / "runs/small-first-s0/model.pt"
+    held = checkpoint.read(teacher)
+    held["weights"]["conv1.weight"] += 1
+    checkpoint.save(teacher, held)
+    with pytest.raises(ValueError, match=f"small-second-s0 was trained with another --{name} than "
+                                         "runs/small-first-s0/model.pt is now"):
+        study.main([str(path), "--finished"])
+    teacher.unlink()                                     # what is gone says nothing
+    (here / "runs/small-first-s0/finished").unlink()
+    (here / "runs/small-first-s0/last.pt").unlink()
+    study.main([str(path), "--finished"])
+
+
+def test_a_trained_network_without_its_last_checkpoint_keeps_its_files(here, capsys):
+    path = study_file(here, seeds=[0], arms=arms_of(("a", LENET)))
+    study.main([str(path)])
+    folder = here / "runs/small-a-s0"
+    for name in ("last.pt", "previous.pt", "finished"):
+        (folder / name).unlink(missing_ok=True)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(RuntimeError, match="neither `finished` nor last.pt: .* `touch runs/small-a-s0/finished`"):
+        study.main([str(path)])
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    (folder / "finished").touch()
+    study.main([str(path)])
+
+
+def test_a_run_that_goes_on_reads_the_data_from_where_it_is_now(here, monkeypatch):
+    calls = []
+    for seed in (0, 1):
+        (here / f"runs/s-a-s{seed}").mkdir(parents=True)
+    (here / "runs/s-a-s0/last.pt").touch()
+    monkeypatch.setattr(study, "call", lambda words, show=False: calls.append(words))
+    for seed in (0, 1):
+        study.train_arm({"name": "a", "run": "train.py --lr 0.1"}, "--model lenet5", seed, here / f"runs/s-a-s{seed}",
+                        "elsewhere")
+    assert calls[0] == ["train.py", "--resume", "--data", "elsewhere", "--out", str(here / "runs/s-a-s0")]
+    assert calls[1][calls[1].index("--data") + 1] == "elsewhere" and "--resume" not in calls[1]
+
+
+def rows_of_table():
+    return sorted(map(tuple, pd.read_csv("results/small/runs.csv")[["arm", "seed"]].to_numpy().tolist()))
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_in_the_table(here, monkeypatch):
+    path = study_file(here, seeds=[0], arms=arms_of(("a", LENET), ("b", LENET)))
+    train_arm = study.train_arm
+
+    def train_both(arm, flags, seed, folder, *data):
+        train_arm(arm, flags, seed, folder, *data)
+        if arm["name"] == "a":
+            train_arm({"name": "b", "run": LENET}, flags, seed, Path("runs/small-b-s0"), *data)
+    monkeypatch.setattr(study, "train_arm", train_both)
+    study.main([str(path), "--arms", "a"])
+    assert rows_of_table() == [("a", 0), ("b", 0)]
+
+
+def test_one_seed_leaves_the_others_in_the_table(here):
+    path = study_file(here, seeds=[0, 1], arms=arms_of(("a", LENET)))
+    study.main([str(path), "--seeds", "0"])
+    assert rows_of_table() == [("a", 0)]
+    study.main([str(path), "--seeds", "1"])
+    assert rows_of_table() == [("a", 0), ("a", 1)]
+    study.main([str(path), "--seeds", "7"])
+    assert rows_of_table() == [("a", 0), ("a", 1), ("a", 7)]
+
+
+# ---- reports
+
+def test_a_folder_whose_name_is_no_text_is_in_the_report(here, capsys):
+    train.main([*SHORT.split(), "--mixing", "none", "--model", "lenet5", "--out", "runs/a"])
+    folder = os.fsdecode(b"runs/caf\xe9")
+    os.rename("runs/a", folder)
+    report.main([folder, "--out", "tables"])
+    assert b"caf\\udce9" in Path("tables/table.md").read_bytes()
+
+
+def test_pages_are_filled_in_the_projects_folder_alone(here):
+    with pytest.raises(ValueError, match="no README.md here and no docs/"):
+        report.main(["--pages"])

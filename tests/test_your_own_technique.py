@@ -8,7 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from sample_runs import ROOT
+
+from engine import checkpoint
 
 PAGE = (ROOT / "docs/your-own-technique.md").read_text()
 TINY = ["--dataset", "digits", "--limit", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu", "--compile",
@@ -51,6 +54,13 @@ def project(tmp_path_factory):
     assert "below `lamp_scores`" in PAGE and text.count("\n\n\nSCORES = ") == 1
     (folder / "pruning.py").write_text(text.replace("\n\n\nSCORES = ", f"\n\n\n{function.rstrip()}\n\n\nSCORES = "))
     below_the_last(folder / "train_pruning.py", "# SCORE = ", line)
+    file, lines = code_in("A network")
+    (folder / "models/narrow.py").write_text(file)
+    first, second, third = lines.splitlines(keepends=True)
+    below_the_last(folder / "models/__init__.py", "from models", first)
+    below_the_last(folder / "models/__init__.py", '    "wrn-16-4": ', second)
+    text = (folder / "models/__init__.py").read_text()
+    (folder / "models/__init__.py").write_text(text.replace("    return WideResNet", f"{third}    return WideResNet"))
     return folder
 
 
@@ -100,6 +110,25 @@ def test_both_lines_are_active_in_one_run_that_is_resumed(project, tmp_path):
     settings, rows = run_of(tmp_path / "run")
     assert (settings["mixing"], settings["score"]) == ("stack", "filter") and settings["lines"]["score"] == "filter"
     assert len(rows) == 2 and float(rows[1]["sparsity"]) == pytest.approx(0.7, abs=1e-3)
+
+
+def test_a_network_trains_loses_channels_and_weights_and_is_counted(project, tmp_path):
+    tiny = [*TINY[:-1], "narrow", "--mixing", "none"]
+    shrunk, sparse = str(tmp_path / "shrunk"), str(tmp_path / "sparse")
+    assert call(project, [
+        ["train_pruning", [*tiny, "--pruning", "filters", "--filter-interval", "1", "--filter-threshold", "0.9",
+                           "--filter-stop", "1", "--out", shrunk]],
+        ["train_pruning", [*tiny, "--epochs", "1", "1", "--sparsity", "0.5", "--out", sparse]],
+        *(["profil", ["--checkpoint", f"{out}/model.pt", "--csv", f"{out}/layers.csv"]] for out in (shrunk, sparse)),
+        ["export", ["--checkpoint", f"{shrunk}/model.pt", "--out", f"{shrunk}/model.onnx"]],
+        ["test", ["--checkpoint", f"{shrunk}/model.pt"]],
+        ["train", [*tiny, "--activation", "gelu", "--out", str(tmp_path / "other")]]]) == [None] * 6 + [
+        "--activation gelu: narrow has no activation to choose; leave it out"]
+    small, half = (checkpoint.read(f"{out}/model.pt")["weights"] for out in (shrunk, sparse))
+    assert len(small["conv1.weight"]) < 32 == len(half["conv1.weight"]) and len(small["conv2.weight"]) < 64
+    weights = torch.cat([half[name].flatten() for name in ("conv1.weight", "conv2.weight", "linear.weight")])
+    assert (weights == 0).sum() / len(weights) == pytest.approx(0.5, abs=1e-3)
+    assert (tmp_path / "shrunk/layers.csv").exists()
 
 
 def test_two_files_of_one_setting_are_refused(project, tmp_path):

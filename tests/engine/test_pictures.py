@@ -322,3 +322,20 @@ def test_a_folder_of_another_form_is_one_clear_line(animals, spoil, told):
     with pytest.raises(ValueError, match=told) as problem:
         pictures.read_classes(animals, (32, 32, 3))
     assert "\n" not in str(problem.value)
+
+
+def test_folders_with_a_dot_in_front_are_left_out_at_any_depth(tmp_path):
+    for name in ("a.png", ".thumbnails/a.png", "more/.ipynb_checkpoints/b.png", "more/b.png", ".@__thumb/deep/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    assert pictures.files_in(tmp_path) == [tmp_path / "a.png", tmp_path / "more" / "b.png"]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("header", [b"no header of a TIFF", b"II", b"MM\x00*\xff\xff\xff\xff", b""])
+def test_a_picture_with_a_garbled_orientation_is_read_as_it_lies(form, header):
+    picture, file = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8)), io.BytesIO()
+    picture.save(file, form, exif=b"Exif\x00\x00" + header, **({"dpi": (72, 72)} if form == "JPEG" else {}))
+    with Image.open(file) as read:
+        expected = np.asarray(read.convert("RGB").crop((1, 0, 7, 6)))
+    np.testing.assert_array_equal(pictures.read_picture(file, (6, 6, 3)), expected)

@@ -10,9 +10,10 @@ from torch import nn
 
 import models
 import networks
+import quantization
 import resnet_factorized
-from engine import checkpoint, shrinking
-from engine.widths import widths_of
+from engine import checkpoint, compiling, shrinking
+from engine.widths import layer_like, widths_of
 
 NETWORKS = [("resnet18", 8, True), ("resnet18", 8, False), ("resnet18", 4, True), ("resnet18", 1, False),
             ("resnet50", 8, True), ("resnet20", None, None), ("wrn-10-2", None, None), ("lenet5", None, None),
@@ -303,3 +304,58 @@ def test_a_chain_of_dead_channels_leaves_as_a_whole():
         model.linear2.weight[5:, 7] = 0
     assert shrinking.remove_dead(model) == 6
     assert model.linear1.out_features == 119 and model.linear2.out_features == 79
+
+
+# ---- layers of somebody's own network
+
+def test_steps_of_few_bits_stay_when_their_layer_shrinks_under_an_optimizer():
+    model = quantization.quantize_layers(models.build("lenet5"), {"conv1": [3, 3], "conv2": [3, 3]})
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    before = optimizer.state[model.conv1.activation_step]["exp_avg"].clone()
+    space = next(space for space in model.channels() if space["name"] == "conv1")
+    shrinking.remove(model, space, torch.tensor([0, 2, 5]), optimizer=optimizer)
+    assert torch.equal(optimizer.state[model.conv1.activation_step]["exp_avg"], before) and before.dim() == 0
+    assert optimizer.state[model.conv1.weight]["exp_avg"].shape == model.conv1.weight.shape == (3, 3, 5, 5)
+    optimizer.zero_grad()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_of_flattened_channels_keeps_all_entries_of_each(affine):
+    norm, images = nn.BatchNorm1d(24, affine=affine), torch.randn(5, 6, 4)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    expected = norm.eval()(images.flatten(1)).view(5, 6, 4)[:, [0, 2, 5]].flatten(1)
+    shrinking.shrink_layer(norm, keep_indexes_input=torch.tensor([0, 2, 5]), unfold_factor=4)
+    assert norm.num_features == 12
+    torch.testing.assert_close(norm(images[:, [0, 2, 5]].flatten(1)), expected)
+
+
+@pytest.mark.parametrize("made, read", [(2, 4), (4, 2)])
+def test_other_groups_on_each_side_are_refused_by_name(made, read):
+    model = nn.Sequential(nn.Conv2d(4, 8, 1, groups=made), nn.Conv2d(8, 8, 1, groups=read))
+    space = resnet_factorized.space("0", ["0"], readers=["1"])
+    with pytest.raises(ValueError, match=f"channels of 0 are made in {made} groups and read in {read}"):
+        shrinking.partitions(model, space)
+
+
+def test_a_resized_convolution_keeps_all_but_its_width():
+    layer = nn.Conv2d(4, 8, 3, stride=2, padding=2, dilation=2, padding_mode="reflect", bias=False)
+    fresh, images = layer_like(layer, (4, 8)), torch.randn(1, 4, 9, 9)
+    with torch.no_grad():
+        fresh.weight.copy_(layer.weight)
+    torch.testing.assert_close(fresh(images), layer(images))
+    assert layer_like(layer, (4, 6)).weight.shape == (6, 4, 3, 3)
+
+
+def test_what_pads_otherwise_than_with_zeros_is_not_computed_as_if_it_did():
+    layer = nn.Conv2d(8, 8, 3, padding=1, groups=2, padding_mode="circular")
+    model, images = nn.Sequential(layer), torch.randn(1, 8, 5, 5)
+    expected = model(images)
+    compiling.compute_as(model, "dense")
+    torch.testing.assert_close(model(images), expected)
+    with pytest.raises(ValueError, match="pads with zeros, not with padding_mode 'circular'"):
+        quantization.quantized(layer, [3, 3])
