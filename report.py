@@ -42,7 +42,7 @@ def read_run(folder):
     settings, history = config["settings"], run_files.read_history(folder, COLUMNS_OF_HISTORY)
     test, profile = report["test"], report["profile"]
     sizes = test.get("bytes") or {}
-    return {"run": folder.resolve().name, "folder": folder, "dataset": settings["dataset"],
+    return {"run": as_text(folder.resolve().name), "folder": folder, "dataset": settings["dataset"],
             "network": network_of(config["architecture"]),
             "epochs": "+".join(map(str, history.groupby("round").size())),
             "pruning": pruning_of(settings), "mixing": settings["mixing"],
@@ -326,10 +326,10 @@ def main(argv):
     check_kept(runs, out)
     cifar10.check_folder(out)
     table, from_nothing = table_of(one_a_seed(runs)), [run for run in runs if not run["continued"]]
-    print(as_text(markdown_of(table)))
-    for name, text in (("table.md", markdown_of(table)), ("table.csv", table.to_csv(index=False)),
-                       ("time.csv", times_of(from_nothing, arguments.level).to_csv(index=False))):
-        files.write(out / name, as_text(text).encode())
+    print(markdown_of(table))
+    files.write(out / "table.md", markdown_of(table).encode())
+    files.write(out / "table.csv", table.to_csv(index=False).encode())
+    files.write(out / "time.csv", times_of(from_nothing, arguments.level).to_csv(index=False).encode())
     for run in runs:
         with files.noted():
             keep(run, out)
