@@ -327,30 +327,38 @@ def parse(argv):
     return arguments
 
 
+def chosen_arms(arguments, names):
+    """The arms to train, of those called `names`; ValueError for one that is not there."""
+    unknown = [each for each in arguments.arms or [] if each not in names]
+    if unknown:
+        raise ValueError(f"--arms: {arguments.study} has no arm {unknown[0]!r}; it has {', '.join(map(repr, names))}")
+    return [] if arguments.finished else arguments.arms or names
+
+
+def due(name, runs, done, wanted):
+    """Place of the next run, None at the end: one that is finished, maybe by another process, else one to train.
+
+    So no table holds fewer runs than the one before it. done: places; wanted: whether each run may be trained.
+    """
+    left = [place for place in range(len(runs)) if place not in done]
+    there = [place for place in left if (folder_of(name, runs[place][1], runs[place][0]) / "finished").exists()]
+    return next(iter([*there, *(place for place in left if wanted[place])]), None)
+
+
 def main(argv):
     """Train what is not trained yet, measure, write the table."""
     arguments = parse(argv)
     study, name = read_study(arguments.study), Path(arguments.study).stem
     out, seeds = Path(arguments.out or Path("results") / name), list(dict.fromkeys(
         [*study["seeds"], *(arguments.seeds or [])]))
-    names = [arm["name"] for arm in study["arms"]]
-    chosen = [] if arguments.finished else arguments.arms or names
-    unknown = [each for each in arguments.arms or [] if each not in names]
-    if unknown:
-        raise ValueError(f"--arms: {arguments.study} has no arm {unknown[0]!r}; it has {', '.join(map(repr, names))}")
+    chosen = chosen_arms(arguments, [arm["name"] for arm in study["arms"]])
     check_out(arguments.study, out)
     check_runs(name, study, seeds)
     flags, kept = study["flags"], {}      # {arm: place whose files it has}
     runs = list(itertools.product(seeds, study["arms"]))
     wanted = [arm["name"] in chosen and seed in (arguments.seeds or seeds) for seed, arm in runs]
     rows = {}                             # {place in `runs`: row}
-
-    def due():
-        """The next run: one that is finished, maybe by another process, before one to train; None at the end."""
-        left = [place for place in range(len(runs)) if place not in rows]
-        there = [place for place in left if (folder_of(name, runs[place][1], runs[place][0]) / "finished").exists()]
-        return next(iter([*there, *(place for place in left if wanted[place])]), None)
-    while (place := due()) is not None:   # so no table holds fewer runs than the one before it
+    while (place := due(name, runs, rows, wanted)) is not None:
         seed, arm = runs[place]
         cifar10.check_folder(out)
         rows[place] = make_row(arm, seed, folder_of(name, arm, seed), out, flags, arguments.data,
