@@ -15,7 +15,7 @@ def draw_beta(alpha, count, generator, device):
     """
     if alpha == 1:
         return torch.rand(count, generator=generator, device=device)
-    if device.type in WITHOUT:               # nor does it have the sampler
+    if torch.device(device).type in WITHOUT:       # nor does it have the sampler
         seed = torch.randint(2**31, (1,), generator=generator, device=device).item()
         return sample_beta(alpha, count, torch.Generator().manual_seed(seed), torch.device("cpu")).float().to(device)
     return sample_beta(alpha, count, generator, device)
