@@ -155,7 +155,7 @@ def fresh_settings(script, table, lines, recipes, given):
     check_each(table, settings, ["epochs"])                  # which are summed up where one round has all
     settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
     settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
-    if settings.get("pruning") != "l1_cycle":      # --cycle changes nothing then
+    if settings["pruning"] != "l1_cycle":      # --cycle changes nothing then
         settings["cycle_settings"] = {}
     join_rounds(settings, "sparsity" in given)
     return settings
@@ -310,7 +310,7 @@ def announce(run):
     taught, asked = share_of_teacher(run)
     seconds = ((whole - done) * ((work + taught) * images + 0.3 * len(run.validation) * 500)
                + asked * images * (not done)) / speed
-    which = "the first round" if settings.get("pruning") == "l1_cycle" and not run.round else "all rounds"
+    which = "the first round" if settings["pruning"] == "l1_cycle" and not run.round else "all rounds"
     groups = f", groups {run.architecture['groups']}" if "groups" in run.architecture else ""
     print(f"{settings['model']}{groups}, on {settings['dataset']}: {images:,} images an epoch, "
           f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}, "

@@ -156,11 +156,10 @@ def shorten(parts, limit, norms, held):
 
 def refuse_fixed_scales(model):
     """ValueError where batch norm's scales do not train: what `neurons` shortens could never grow again."""
-    for space in trained_spaces(model):
-        for norm in space["norms"]:
-            if not model.get_submodule(norm).weight.requires_grad:
-                raise ValueError(f"--filter-measure neuron shortens batch norm's scales, and those of {norm} are "
-                                 "fixed; take --filter-measure filter")
+    fixed = shrinking.fixed_scale(model, trained_spaces(model))
+    if fixed:
+        raise ValueError(f"--filter-measure neuron shortens batch norm's scales, and those of {fixed} are fixed; take "
+                         "--filter-measure filter")
 
 
 def neurons(norm):

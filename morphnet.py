@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine import costs, files
+from engine import costs, files, shrinking
 from engine.costs import METRICS, check_metric, coefficients, price, sides
 from engine.settings import Setting
 from engine.widths import layer_like, widths_of
@@ -60,10 +60,9 @@ def spaces_of(model):
 
 def refuse_fixed_scales(model, name):
     """ValueError where batch norm's scales do not train: the penalty, which is on them, would move nothing."""
-    fixed = [norm for space in spaces_of(model) for norm in space["norms"]
-             if not model.get_submodule(norm).weight.requires_grad]
+    fixed = shrinking.fixed_scale(model, spaces_of(model))
     if fixed:
-        raise ValueError(f"--pruning morphnet: the scales of {name}'s batch norms are fixed ({fixed[0]}), and it is by "
+        raise ValueError(f"--pruning morphnet: the scales of {name}'s batch norms are fixed ({fixed}), and it is by "
                          "them that MorphNet searches; choose another --model or --pruning")
 
 

@@ -32,6 +32,7 @@ import quantization
 from deploy import integer_inference
 from engine import checkpoint, commandline, files, run_files
 from engine.modes import in_mode
+from engine.operations import zero_image
 from networks import architecture_of, build, check_batch, data_of, image_shape, load_network
 from train import DEFAULTS, find_checkpoint
 
@@ -66,10 +67,9 @@ def count_layers(model, shape):
                 for counted in COUNTED_AGAIN & row.keys() if again else ():     # it has its parameters once
                     again[counted] += row[counted]
             hooks.append(module.register_forward_hook(hook))
-    some = next((tensor for tensor in model.state_dict().values() if tensor.is_floating_point()), torch.empty(0))
     try:
         with in_mode(model):
-            model(torch.zeros(1, *shape, device=some.device, dtype=some.dtype))
+            model(zero_image(model, shape))
     finally:
         for handle in hooks:
             handle.remove()

@@ -224,8 +224,8 @@ def never_reduces(settings, parameters):
 
 def removes_strong(settings):
     """Why channels are chosen by what says nothing in a run with binary weights, as a sentence; "" in others."""
-    by_length = (settings.get("pruning") == "l1_cycle" or settings.get("macs")
-                 or settings.get("pruning") == "filters" and settings["filter_measure"] == "filter")
+    by_length = (settings["pruning"] == "l1_cycle" or settings["macs"]
+                 or settings["pruning"] == "filters" and settings["filter_measure"] == "filter")
     if settings["weights"] not in BINARY or not by_length:
         return ""
     return ("channels leave by the length of their filters, and every filter of binary weights works at full length; "

@@ -14,6 +14,12 @@ from torch import nn
 from engine.modes import in_mode
 
 
+def zero_image(model, shape):
+    """An image of zeros, (1, C, H, W), on the device and of the type of the first floats that `model` holds."""
+    some = next((tensor for tensor in model.state_dict().values() if tensor.is_floating_point()), torch.empty(0))
+    return torch.zeros(1, *shape, device=some.device, dtype=some.dtype)
+
+
 @torch.no_grad()
 def layers_run(model, shape):
     """[(name, layer, shape of its input, of its output)] of convolutions and linear layers, in the order they run.
@@ -26,10 +32,9 @@ def layers_run(model, shape):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             hooks.append(module.register_forward_hook(
                 lambda layer, inputs, output, name=name: found.append((name, layer, inputs[0].shape, output.shape))))
-    some = next(tensor for tensor in model.state_dict().values() if tensor.is_floating_point())
     try:
         with in_mode(model):
-            model(torch.zeros(1, *shape, device=some.device, dtype=some.dtype))
+            model(zero_image(model, shape))
     finally:
         for hook in hooks:
             hook.remove()

@@ -77,13 +77,11 @@ def sources_of(folder):
 
 def write_config(run, sources):
     """config.json of a run that begins or goes on: its settings, `sources` of `sources_of`, versions and device."""
-    read = {name: run.settings[name] for name in ("teacher", "start") if run.settings[name]}
     config = {"settings": run.settings, "architecture": run.architecture,
               "device": commandline.device_name(run.device), "processes": parallel.ranks(),
               "arithmetic": run.arithmetic, "convolutions": run.form,
               "started": time.strftime("%Y-%m-%d %H:%M:%S"),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-              "sha256": {name: files.sha256_of(path) for name, path in read.items() if Path(path).exists()},
               "source": sources}
     path = run.out / "config.json"
     if run.made is None and path.exists():
@@ -92,6 +90,9 @@ def write_config(run, sources):
             before = check(path, first, "resumed", list, optional=True) or []
             config |= {"started": first.get("started"), "resumed": [*before, config["started"]],
                        "sha256": check(path, first, "sha256", dict, optional=True) or {}}
+    elif run.made is not None:            # it begins
+        start = run.settings["start"] and files.sha256_of(run.settings["start"])
+        config["sha256"] = {name: value for name, value in (("teacher", run.teacher_sha256), ("start", start)) if value}
     files.write(path, json.dumps(config, indent=1).encode())
 
 

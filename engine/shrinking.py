@@ -246,6 +246,12 @@ def trained_spaces(model):
     return [space for space in reducible(model) if model.get_submodule(space["makers"][0]).weight.requires_grad]
 
 
+def fixed_scale(model, spaces):
+    """The name of the first batch norm of `spaces` whose scale does not train; None where all do."""
+    return next((norm for space in spaces for norm in space["norms"]
+                 if not model.get_submodule(norm).weight.requires_grad), None)
+
+
 def made_weights(model, space):
     """[(channels, weights)]: the weights that make each channel of a space, one a row."""
     weight = model.get_submodule(space["makers"][0]).weight
