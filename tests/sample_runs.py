@@ -17,6 +17,7 @@ from engine import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = shlex.split("--dataset digits --limit 32 --batch-size 32 --compile off --device cpu")
+QUICK = [*SMALL, "--model", "lenet5-student", "--mixing", "none"]
 SCRIPTS = {"train.py": train.main, "train_pruning.py": train_pruning.main}
 EPOCHS = 5
 ROUNDS = shlex.split("--dataset digits --limit 96 --batch-size 32 --compile off --device cpu --seed 3 --epochs 2 1 2 "
@@ -35,6 +36,16 @@ def stop_after_a_save(patch):
         real(run)
         raise Stop
     patch.setattr(train, "save", save)
+
+
+def part_of(out, *flags, epochs=1):
+    """A run of train_pruning.py in `out` that was stopped after so many epochs."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after_a_save(patch)
+        for epoch in range(epochs):
+            with pytest.raises(Stop):
+                train_pruning.main(["--resume", "--out", str(out)] if epoch else [*QUICK, *flags, "--out", str(out)])
+    return out
 
 
 def run_in_parts(begin, out, epochs):
