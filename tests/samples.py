@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cifar10
+import pruning
 from models import BasicBlock, WideBlock
 
 SMALL = cifar10.Kind((12, 11, 3), (40, 8), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), tuple("abcd"), True, "CIFAR10")
@@ -112,3 +113,30 @@ def layers_of(model, kinds=(nn.Conv2d, nn.Linear)):
 
 def blocks_of(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, (BasicBlock, WideBlock))}
+
+
+# ---- networks to prune
+
+def small_model(seed=0):
+    """Two convolutions, one grouped, batch norm and a linear layer, for images (N, 3, 8, 8)."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                          nn.Conv2d(8, 16, 3, padding=1, groups=4, bias=False), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                          nn.Linear(64, 10))
+    for module in (model[0], model[3], model[6]):
+        nn.init.normal_(module.weight, 0, 0.2)          # one scale, so that no layer is emptied
+    return model
+
+
+def two_rounds(model, sparsity, **options):
+    """Masks after two rounds, applied each time."""
+    masks = pruning.global_masks(model, sparsity, **options)
+    pruning.apply_masks(model, masks)
+    masks = pruning.global_masks(model, sparsity, masks, **options)
+    pruning.apply_masks(model, masks)
+    return masks
+
+
+def to_prune(model):
+    """The weights of convolutions and linear layers as torch.nn.utils.prune takes them."""
+    return [(module, "weight") for module in layers_of(model).values()]

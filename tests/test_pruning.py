@@ -1,4 +1,4 @@
-"""Global magnitude pruning: against torch's, its pitfalls beside ours, exact counts, and zeros that stay."""
+"""Global magnitude pruning: against torch's, exact counts, and zeros that stay."""
 import copy
 import math
 
@@ -7,24 +7,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from samples import small_model, to_prune, two_rounds
 from torch import nn
 from torch.nn.utils import prune
 
 import experiment
 import pruning
 import train
-
-
-def small_model(seed=0):
-    """Two convolutions, one grouped, batch norm and a linear layer, for images (N, 3, 8, 8)."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-                          nn.Conv2d(8, 16, 3, padding=1, groups=4, bias=False), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                          nn.Linear(64, 10))
-    for module in (model[0], model[3], model[6]):
-        nn.init.normal_(module.weight, 0, 0.2)          # one scale, so that no layer is emptied
-    return model
-
 
 WEIGHTS = ("0.weight", "3.weight", "6.weight")
 TOTAL = 216 + 288 + 640
@@ -34,19 +23,6 @@ def kept(masks):
     return sum(int(mask.sum()) for mask in masks.values())
 
 
-def two_rounds(model, sparsity, **options):
-    """Masks after two rounds, applied each time."""
-    masks = pruning.global_masks(model, sparsity, **options)
-    pruning.apply_masks(model, masks)
-    masks = pruning.global_masks(model, sparsity, masks, **options)
-    pruning.apply_masks(model, masks)
-    return masks
-
-
-def layers_of(model):
-    return [(module, "weight") for module in model if isinstance(module, (nn.Conv2d, nn.Linear))]
-
-
 # ---- parity and counts
 
 def test_masks_are_those_of_torch_over_two_rounds():
@@ -54,8 +30,8 @@ def test_masks_are_those_of_torch_over_two_rounds():
     masks = None
     for sparsity in (0.7, 0.5):
         masks = pruning.global_masks(ours, sparsity, masks, minimum_density=0)
-        prune.global_unstructured(layers_of(theirs), prune.L1Unstructured, amount=sparsity)
-        for name, (module, _) in zip(WEIGHTS, layers_of(theirs), strict=True):
+        prune.global_unstructured(to_prune(theirs), prune.L1Unstructured, amount=sparsity)
+        for name, (module, _) in zip(WEIGHTS, to_prune(theirs), strict=True):
             assert masks[name].dtype == torch.bool
             assert torch.equal(masks[name], module.weight_mask.bool()), name
 
@@ -129,84 +105,6 @@ def test_rounds_are_nested_exact_and_keep_the_largest(seed, first, second, minim
             smallest_kept = model.get_parameter(name).abs()[mask].min()
             assert smallest_kept >= largest_dropped or int(mask.sum()) == floors[name], name
         pruning.apply_masks(model, masks)
-
-
-# ---- torch's pitfalls, and that they are not ours
-
-def test_torch_prunes_its_own_zeros_again_after_remove():
-    theirs, ours = nn.Linear(100, 100), nn.Linear(100, 100)
-    for _ in range(2):
-        prune.global_unstructured([(theirs, "weight")], prune.L1Unstructured, amount=0.7)
-        prune.remove(theirs, "weight")
-    assert pruning.sparsity_of(theirs) == 0.70
-    two_rounds(ours, 0.7)
-    assert pruning.sparsity_of(ours) == 0.91
-
-
-@pytest.mark.parametrize("momentum, decay", [(0.9, 0.0), (0.0, 1e-2), (0.9, 1e-2)])
-def test_torch_revives_weights_that_are_trained_after_remove(momentum, decay):
-    """Its zeros move at the next step; ours stay, with the same optimizer, by mask (as in `train.train_step`)."""
-    images, revived = torch.randn(16, 20), {}
-    for masked in (False, True):
-        torch.manual_seed(0)
-        layer = nn.Linear(20, 10)
-        optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum, weight_decay=decay)
-        masks = pruning.global_masks(nn.Sequential(layer), 0.7)
-        if not masked:
-            prune.global_unstructured([(layer, "weight")], prune.L1Unstructured, amount=0.7)
-            prune.remove(layer, "weight")
-        for _ in range(3):
-            optimizer.zero_grad()
-            layer(images).square().sum().backward()
-            optimizer.step()
-            if masked:
-                pruning.apply_masks(nn.Sequential(layer), masks)
-        revived[masked] = int((layer.weight != 0).sum()) - 60
-    assert revived == {False: 140, True: 0}
-
-
-def test_torch_modules_cannot_be_copied_once_pruned_and_ours_can():
-    images = torch.randn(2, 3, 8, 8)
-    theirs, ours = small_model(), small_model()
-    prune.global_unstructured(layers_of(theirs), prune.L1Unstructured, amount=0.7)
-    theirs(images)
-    with pytest.raises(RuntimeError, match="deepcopy"):
-        copy.deepcopy(theirs)
-    pruning.apply_masks(ours, pruning.global_masks(ours, 0.7))
-    ours(images)
-    twin = copy.deepcopy(ours)
-    assert torch.equal(twin.eval()(images), ours.eval()(images))
-
-
-def test_torch_renames_the_weights_and_ours_load_into_a_plain_network():
-    theirs, ours = small_model(), small_model()
-    names = set(theirs.state_dict())
-    prune.global_unstructured(layers_of(theirs), prune.L1Unstructured, amount=0.7)
-    assert {"0.weight_orig", "0.weight_mask"} <= set(theirs.state_dict()) and "0.weight" not in theirs.state_dict()
-    with pytest.raises(RuntimeError, match="weight_orig"):
-        small_model().load_state_dict(theirs.state_dict())
-    two_rounds(ours, 0.7)
-    assert set(ours.state_dict()) == names
-    small_model(seed=1).load_state_dict(ours.state_dict())
-
-
-def test_torch_reads_one_and_one_point_zero_differently_and_ours_refuses_both():
-    one, whole = (prune.l1_unstructured(nn.Linear(10, 10), "weight", amount=amount) for amount in (1, 1.0))
-    assert int((one.weight_mask == 0).sum()) == 1 and int((whole.weight_mask == 0).sum()) == 100
-    for amount in (1, 1.0):
-        with pytest.raises(ValueError, match="ambiguous"):
-            pruning.global_masks(small_model(), amount)
-
-
-def test_torch_ranks_nan_as_largest_and_ours_refuses_it():
-    theirs = nn.Linear(10, 10)
-    with torch.no_grad():
-        theirs.weight[3, 4] = math.nan
-    prune.l1_unstructured(theirs, "weight", amount=0.9)
-    assert theirs.weight_mask[3, 4] == 1
-    prune.remove(theirs, "weight")
-    with pytest.raises(ValueError, match="weight has 1 weights"):
-        pruning.global_masks(nn.Sequential(theirs), 0.5)
 
 
 # ---- bad input
