@@ -17,6 +17,7 @@ import quantization
 import resnet_factorized
 from deploy import integer_inference
 from engine import checkpoint, shrinking
+from engine.operations import zero_image
 from engine.settings import Setting, line
 
 SETTINGS = {
@@ -198,7 +199,7 @@ def load_teacher(path, dataset, kind, device, force=False):
     refuse_stranger(f"the teacher in {path}", state, dataset, kind, force)
     teacher, _ = network_of(path, state, device)
     try:
-        teacher(torch.zeros(1, *image_shape(kind), device=device))
+        teacher(zero_image(teacher, image_shape(kind)))
     except (RuntimeError, ValueError) as problem:
         raise ValueError(f"the teacher in {path} does not take the images of {dataset}: {problem}") from None
     return teacher.requires_grad_(False)
