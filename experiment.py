@@ -31,6 +31,7 @@ from engine import board, checkpoint, commandline, compiling, files, folders, pa
 from engine.averages import average_pairs
 from engine.endings import enough_memory, resumable
 from engine.operations import macs_of
+from engine.separable import use_separable
 from engine.settings import alone, check, check_each, defaults_of, flag_of, idle, only, to_resume
 from engine.small_images import use_products
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
@@ -271,6 +272,7 @@ def lay_out(run):
     for model in (run.model, run.average):
         if model is not None:
             use_products(compiling.lay_out(model, run.layout, run.form or "grouped"))
+            use_separable(model)
     look_up(run)
 
 

@@ -71,9 +71,10 @@ def choose_arithmetic(wanted, model, images, device, began=None):
     """torch.bfloat16 or torch.float32: what forward and backward passes compute in. Weights stay float32.
 
     wanted: "float32", "bfloat16", or "auto": bfloat16 on CUDA, and on a CPU that has
-    instructions for it where the run trains on enough `images` and the network has
-    no depthwise convolutions, which are slower so. began: of a run that goes on, what it
-    computed in so far; auto stays there, unless this CPU would only simulate it.
+    instructions for it where the run trains on enough `images`; depthwise convolutions
+    are slower so without AMX, and with it faster (engine/separable.py). began: of a run
+    that goes on, what it computed in so far; auto stays there, unless this CPU would only
+    simulate it.
     """
     if wanted == "auto" and began and (began == "float32" or device.type != "cpu" or has_bfloat16()):
         wanted = began
@@ -82,13 +83,18 @@ def choose_arithmetic(wanted, model, images, device, began=None):
     if device.type == "cuda":
         return torch.bfloat16
     depthwise = any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in model.modules())
-    pays = device.type == "cpu" and images >= WORTH_COMPILING and has_bfloat16() and not depthwise
+    pays = device.type == "cpu" and images >= WORTH_COMPILING and (has_amx() if depthwise else has_bfloat16())
     return torch.bfloat16 if pays else torch.float32
 
 
 def has_bfloat16():
     """Whether this CPU multiplies in bfloat16; one that only simulates it is slow."""
     return any(cpu_instructions().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def has_amx():
+    """Whether this CPU multiplies matrices in bfloat16."""
+    return bool(cpu_instructions().get("amx_bf16"))
 
 
 def cpu_instructions():

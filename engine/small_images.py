@@ -72,7 +72,7 @@ def use_products(model):
     Outputs are the same, gradients agree to rounding; weights keep their names and shapes. One that has lost its
     channels since is a plain convolution again, as it will be when the run is resumed.
     """
-    if not compiling.cpu_instructions().get("amx_bf16"):
+    if not compiling.has_amx():
         return
     for layer in model.modules():
         if type(layer) in (nn.Conv2d, SmallImageConv2d):

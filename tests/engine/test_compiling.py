@@ -282,16 +282,20 @@ def test_forms_are_tried_where_there_is_a_gpu_and_something_grouped():
 
 # ---- arithmetic
 
+BF16 = ("avx512_bf16",)
+
+
 def cpu_with(monkeypatch, *names):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True), raising=False)
 
 
 @pytest.mark.parametrize("name, bits, images, has, expected", [
-    ("resnet20", {}, 30_000, True, torch.bfloat16), ("resnet20", {}, 30_000, False, torch.float32),
-    ("resnet20", {}, 29_999, True, torch.float32), ("mobilenet", {}, 30_000, True, torch.float32),
-    ("resnet20", {"conv1": [2, 2]}, 30_000, True, torch.bfloat16)])
+    ("resnet20", {}, 30_000, BF16, torch.bfloat16), ("resnet20", {}, 30_000, (), torch.float32),
+    ("resnet20", {}, 29_999, BF16, torch.float32), ("mobilenet", {}, 30_000, BF16, torch.float32),
+    ("mobilenet", {}, 30_000, (*BF16, "amx_bf16"), torch.bfloat16), ("mobilenet", {}, 30_000, (), torch.float32),
+    ("resnet20", {"conv1": [2, 2]}, 30_000, BF16, torch.bfloat16)])
 def test_arithmetic_is_bfloat16_where_the_cpu_has_it_and_it_pays(monkeypatch, name, bits, images, has, expected):
-    cpu_with(monkeypatch, *["avx512_bf16"] * has)
+    cpu_with(monkeypatch, *has)
     model = networks.build(name=name, **({"bits": bits} if bits else {}))
     assert compiling.choose_arithmetic("auto", model, images, torch.device("cpu")) is expected
     assert compiling.choose_arithmetic("bfloat16", model, images, torch.device("cpu")) is torch.bfloat16
