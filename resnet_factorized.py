@@ -53,7 +53,8 @@ def take_channels(images, order):
 class MovedChannels(torch.autograd.Function):
     """`take_channels` of images in bfloat16 and channels_last, as a product with a matrix of zeros and ones.
 
-    That is exact, since each sum has one term, and on a CPU quicker than to gather and scatter numbers of two bytes.
+    For finite numbers that is exact, since each sum has one term that is not zero, and on a CPU it is quicker than
+    to gather and scatter numbers of two bytes.
     groups: of `shuffle_channels`, if the order is its own; then only the gradient goes by the product.
     """
 

@@ -233,6 +233,9 @@ def draw_accuracy(path, table, title):
     axes.grid(axis="x", alpha=0.4)
     axes.set(xlabel="validation accuracy (%)")
     axes.margins(x=0.1)                                      # and beside the first and last one
+    low, high = axes.get_xlim()
+    missing = max(0, 1 - (high - low)) / 2                   # a point at least: less is noise, and should look so
+    axes.set_xlim(low - missing, high + missing)
     figure.suptitle(title, fontsize=9)
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     files.save_figure(path, figure)

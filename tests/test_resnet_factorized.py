@@ -1,11 +1,15 @@
 """Networks: their size, parity with torchvision, and what the channel shuffle does."""
+import copy
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_factorized
-from resnet_factorized import build, shuffle_channels
+from resnet_factorized import MovedChannels, build, shuffle_channels, take_channels
 
 GOLDEN = {1: (11_173_962, 555_422_720), 4: (2_805_834, 140_186_624), 8: (1_411_146, 70_980_608)}
 
@@ -89,6 +93,95 @@ def test_shuffle_puts_channel_k_of_group_g_at_its_stated_place():
     for group in range(4):
         for k in range(6):
             assert shuffled[k * 4 + group] == group * 6 + k
+
+
+# ---- channels that move by a product of matrices
+
+CHANNELS_LAST = torch.channels_last
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The orders that channels were moved in by a product."""
+    orders, real = [], MovedChannels.apply
+    monkeypatch.setattr(MovedChannels, "apply", lambda images, order, groups: orders.append(order.tolist())
+                        or real(images, order, groups))
+    return orders
+
+
+def images_in(dtype, shape, layout=CHANNELS_LAST):
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return numbers.contiguous(memory_format=layout).requires_grad_()
+
+
+def compare(move, shape, expected):
+    """Assert that `move` gives bfloat16 images and their gradient the bits of `expected` on the same numbers."""
+    ours, theirs = images_in(torch.bfloat16, shape), images_in(torch.bfloat16, shape)
+    moved, known = move(ours), expected(theirs)
+    gradient = torch.randn(known.shape).bfloat16()
+    moved.backward(gradient)
+    known.backward(gradient)
+    assert moved.dtype == ours.grad.dtype == torch.bfloat16
+    assert torch.equal(moved, known) and torch.equal(ours.grad, theirs.grad)
+    assert moved.is_contiguous(memory_format=CHANNELS_LAST) and ours.grad.is_contiguous(memory_format=CHANNELS_LAST)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(64, 8), (12, 3), (12, 4), (6, 1), (6, 6), (48, 8)])
+def test_a_shuffle_in_bfloat16_has_the_bits_of_torch(channels, groups, products):
+    compare(lambda images: shuffle_channels(images, groups), (3, channels, 5, 3), nn.ChannelShuffle(groups))
+    index = torch.arange(channels, dtype=torch.float).view(1, -1, 1, 1)
+    assert products == [nn.ChannelShuffle(groups)(index).flatten().long().tolist()]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_channels_taken_in_bfloat16_have_the_bits_of_indexing(data):
+    channels = data.draw(st.integers(2, 20))
+    order = data.draw(st.permutations(range(channels)))[:data.draw(st.integers(1, channels))]
+    order = torch.tensor(order)
+    compare(lambda images: take_channels(images, order), (2, channels, 3, 4), lambda images: images[:, order])
+
+
+def test_other_images_are_moved_by_indexing(products):
+    order = torch.tensor([3, 0, 2])
+    for dtype, layout in ((torch.float32, CHANNELS_LAST), (torch.bfloat16, torch.contiguous_format)):
+        images = images_in(dtype, (2, 4, 3, 3), layout)
+        assert torch.equal(take_channels(images, order), images[:, order])
+        assert torch.equal(shuffle_channels(images, 2), nn.ChannelShuffle(2)(images))
+    with torch.no_grad():
+        take_channels(images_in(torch.bfloat16, (2, 4, 3, 3)).detach(), order)
+    assert not products
+
+
+def test_gradients_of_moved_channels_have_gradients():
+    images = torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True)
+    order = torch.tensor([5, 0, 1, 3])
+    assert torch.autograd.gradgradcheck(lambda images: MovedChannels.apply(images, order, None), images)
+    shuffled = torch.tensor([0, 3, 1, 4, 2, 5])
+    assert torch.autograd.gradcheck(lambda images: MovedChannels.apply(images, shuffled, 2), images)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_network_in_bfloat16_trains_as_it_does_with_indexing(narrow, products, monkeypatch):
+    torch.manual_seed(0)
+    ours = build("resnet18", 8).to(memory_format=CHANNELS_LAST)
+    if narrow:
+        ours.layer1[0].order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    theirs = copy.deepcopy(ours)
+
+    def gradients(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(images_in(torch.float32, (4, 3, 16, 16)).detach()).float().square().sum()
+        loss.backward()
+        return loss, [parameter.grad for parameter in model.parameters()]
+
+    loss, found = gradients(ours)
+    assert len(products) == 8
+    monkeypatch.setattr(resnet_factorized, "moves_by_products", lambda images: False)
+    known, expected = gradients(theirs)
+    assert len(products) == 8 and torch.equal(loss, known)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
 
 
 def changed_groups(shuffle):

@@ -371,3 +371,14 @@ def test_points_title_and_groups_have_room_in_the_plot_whatever_arms_are_called(
     for part in (figure._suptitle, figure.legends[0]):
         extent = part.get_window_extent()
         assert extent.x0 >= 0 and extent.x1 <= figure.bbox.x1 and extent.y0 >= 0 and extent.y1 <= figure.bbox.y1
+
+
+@pytest.mark.parametrize(("accuracies", "width"), [([91.98, 92.0], 1.0), ([90.0], 1.0), ([88.0, 92.0], 4.8)])
+def test_a_plot_is_a_point_wide_so_that_noise_looks_like_noise(accuracies, width, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(study.files, "save_figure", lambda path, figure: drawn.append(figure))
+    rows = [{"group": "a", "arm": f"{value} %", "validation_accuracy": value, "validation_accuracy_sd": float("nan")}
+            for value in accuracies]
+    study.draw_accuracy(tmp_path / "a.png", pd.DataFrame(rows), "Two runs")
+    low, high = drawn[0].axes[0].get_xlim()
+    assert high - low == pytest.approx(width) and low < min(accuracies) and high > max(accuracies)
