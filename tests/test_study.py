@@ -373,7 +373,7 @@ def test_points_title_and_groups_have_room_in_the_plot_whatever_arms_are_called(
         assert extent.x0 >= 0 and extent.x1 <= figure.bbox.x1 and extent.y0 >= 0 and extent.y1 <= figure.bbox.y1
 
 
-@pytest.mark.parametrize(("accuracies", "width"), [([91.98, 92.0], 1.0), ([90.0], 1.0), ([88.0, 92.0], 4.8)])
+@pytest.mark.parametrize(("accuracies", "width"), [([91.98, 92.0], 1.0), ([91.5, 92.0], 1.0), ([88.0, 92.0], 4.8)])
 def test_a_plot_is_a_point_wide_so_that_noise_looks_like_noise(accuracies, width, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(study.files, "save_figure", lambda path, figure: drawn.append(figure))
