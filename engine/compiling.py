@@ -97,6 +97,24 @@ def has_amx():
     return bool(cpu_instructions().get("amx_bf16"))
 
 
+def retype(model, kinds, kind_of):
+    """Where the CPU has AMX, make each plain convolution of a model, and each of `kinds`, what `kind_of` says it is.
+
+    kinds: classes of convolutions; kind_of(layer): one of them, or nn.Conv2d. Weights keep their names and shapes. A
+    layer that has lost channels since is of the kind that it would be in a resumed run.
+    """
+    if has_amx():
+        for layer in model.modules():
+            if type(layer) in (nn.Conv2d, *kinds):
+                layer.__class__ = kind_of(layer)
+
+
+def trains_in_bfloat16(layer, images):
+    """Whether this pass is one of training, in bfloat16, on a CPU, and the layer's weight learns."""
+    return (images.is_cpu and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+            and layer.weight.requires_grad)
+
+
 def cpu_instructions():
     """{name: whether this CPU has them} of sets of instructions; {} where torch is too old to tell."""
     return getattr(torch.cpu, "get_capabilities", dict)()

@@ -72,7 +72,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution that takes the gradients above while it trains in bfloat16."""
 
     def forward(self, images):
-        if not computes_here(self, images):
+        if not compiling.trains_in_bfloat16(self, images):
             return super().forward(images)
         return _Depthwise.apply(images.bfloat16(), self.weight.bfloat16(), self.stride)
 
@@ -81,28 +81,17 @@ class PointwiseConv2d(nn.Conv2d):
     """A convolution of 1x1 filters that trains as the product of matrices that it is, on the smallest images."""
 
     def forward(self, images):
-        if images.shape[-1] > SMALLEST or not computes_here(self, images):
+        if images.shape[-1] > SMALLEST or not compiling.trains_in_bfloat16(self, images):
             return super().forward(images)
         return F.linear(images.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
-
-
-def computes_here(layer, images):
-    """Whether this pass is one of training, in bfloat16, on a CPU."""
-    return (images.is_cpu and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-            and layer.weight.requires_grad)
 
 
 def use_separable(model):
     """Let depthwise convolutions and wide ones of 1x1 filters compute as above where the CPU has AMX.
 
-    Outputs and gradients agree to rounding; weights keep their names and shapes. A layer that has lost channels
-    since is of the kind that it would be in a resumed run.
+    Outputs and gradients agree to rounding.
     """
-    if not compiling.has_amx():
-        return
-    for layer in model.modules():
-        if type(layer) in (nn.Conv2d, DepthwiseConv2d, PointwiseConv2d):
-            layer.__class__ = kind_of(layer)
+    compiling.retype(model, (DepthwiseConv2d, PointwiseConv2d), kind_of)
 
 
 def kind_of(layer):

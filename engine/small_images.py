@@ -59,8 +59,8 @@ class SmallImageConv2d(nn.Conv2d):
     """A convolution that takes `filter_gradient` while it trains on small images in bfloat16, outside torch.compile."""
 
     def forward(self, images):
-        small = images.shape[-1] <= WIDEST and torch.is_autocast_enabled("cpu") and images.is_cpu
-        if not small or not self.weight.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        small = images.shape[-1] <= WIDEST and not torch.compiler.is_compiling()
+        if not small or not compiling.trains_in_bfloat16(self, images):
             return super().forward(images)
         kind = torch.get_autocast_dtype("cpu")
         return _Convolution.apply(images.to(kind), self.weight.to(kind), self.padding)
@@ -69,14 +69,10 @@ class SmallImageConv2d(nn.Conv2d):
 def use_products(model):
     """Let the dense convolutions of `model` with many channels be `SmallImageConv2d` where the CPU has AMX.
 
-    Outputs are the same, gradients agree to rounding; weights keep their names and shapes. One that has lost its
-    channels since is a plain convolution again, as it will be when the run is resumed.
+    Outputs are the same, gradients agree to rounding.
     """
-    if not compiling.has_amx():
-        return
-    for layer in model.modules():
-        if type(layer) in (nn.Conv2d, SmallImageConv2d):
-            layer.__class__ = SmallImageConv2d if takes_products(layer) else nn.Conv2d
+    compiling.retype(model, (SmallImageConv2d,),
+                     lambda layer: SmallImageConv2d if takes_products(layer) else nn.Conv2d)
 
 
 def takes_products(layer):

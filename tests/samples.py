@@ -115,6 +115,15 @@ def blocks_of(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, (BasicBlock, WideBlock))}
 
 
+def gradients(model, side, dtype=torch.bfloat16):
+    """The outputs of a training pass on six images in channels_last, and the gradients of images and parameters."""
+    images = torch.randn(6, 3, side, side, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        outputs = model(images.contiguous(memory_format=torch.channels_last))
+    outputs.float().square().sum().backward()
+    return outputs, [images.grad, *(parameter.grad for parameter in model.parameters())]
+
+
 # ---- networks to prune
 
 def small_model(seed=0):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import gradients
 from torch import nn
 
 from engine import compiling, separable
@@ -46,14 +47,6 @@ def pair(monkeypatch, capabilities=AMX):
     ours = copy.deepcopy(plain)
     separable.use_separable(ours)
     return plain, ours
-
-
-def gradients(model, side, dtype=torch.bfloat16):
-    images = torch.randn(6, 3, side, side, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        outputs = model(images.contiguous(memory_format=torch.channels_last))
-    outputs.float().square().sum().backward()
-    return outputs, [images.grad, *(parameter.grad for parameter in model.parameters())]
 
 
 @pytest.fixture
