@@ -109,7 +109,7 @@ def test_readme_is_read_in_a_few_minutes():
 
 def test_quick_start_is_on_the_first_screen():
     assert README.read_text().splitlines().index("    make demo     # environment, then train, prune, test, count and "
-                                                 "report on digits: minutes, no download") < 40
+                                                 "report on digits: minutes, no data set needed") < 40
 
 
 def test_map_has_every_file_and_no_other():
