@@ -83,6 +83,12 @@ def kind_of(dataset, stored=None):
     return KINDS[dataset] if dataset in KINDS else read_folder(dataset)[0]
 
 
+def named(dataset):
+    """The same data set without slashes at its end, so that data/mine/ is data/mine; digits/ is still a folder."""
+    short = dataset.rstrip("/")
+    return dataset if short in KINDS else short or dataset
+
+
 def plain(kind):
     """A `Kind` as a dictionary of plain types, for a file."""
     return {name: value if name == "flip" else list(value) for name, value in kind._asdict().items()
@@ -108,8 +114,8 @@ def from_plain(dataset, stored):
     return kind
 
 
-def refuse_changed(dataset, stored, found):
-    """ValueError where a folder of pictures is no longer what a run began with.
+def changes(dataset, stored, found):
+    """What of a folder of pictures is no longer as a run began with it, in words; None where nothing is.
 
     stored, of the checkpoint, and found: (kind, `sha256_of` the images and labels); None was never stored.
     """
@@ -121,8 +127,8 @@ def refuse_changed(dataset, stored, found):
     elif None not in (stored[1], found[1]) and stored[1] != found[1]:
         change = ": other pictures, or the same under other names or classes, which also puts others into validation"
     else:
-        return
-    raise ValueError(f"{dataset} is not as it was when the run began{change}; --force goes on with it as it is")
+        return None
+    return f"{dataset} is not as it was when the run began{change}"
 
 
 def sha256_of(data):

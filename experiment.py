@@ -14,7 +14,6 @@ import inspect
 import io
 import json
 import shlex
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,17 +28,20 @@ import pruning
 import quantization
 from engine import board, checkpoint, commandline, compiling, files, folders, parallel, run_files, schedules
 from engine.averages import average_pairs
+from engine.computing import choose_computing
 from engine.endings import enough_memory, resumable
-from engine.operations import macs_of
+from engine.notes import note, refuse_changes, refuse_over, tell_changes
 from engine.separable import use_separable
-from engine.settings import alone, check, check_each, defaults_of, flag_of, idle, only, to_resume
+from engine.settings import alone, check, check_each, defaults_of, differing, flag_of, idle, only, to_resume
 from engine.small_images import use_products
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
+from set_distillation_train import share_of_teacher
 from set_optimizer_train import make_optimizer, moved_by_muon
 from set_pruning_train import (
     as_joined,
     check_position,
     check_pruning,
+    is_over,
     join_rounds,
     never_reduces,
     rate_of_round,
@@ -125,6 +127,7 @@ def start(script, description, table, recipes, argv):
     lines = commandline.lines_of(script, table)
     given, state = vars(commandline.training_parser(description, table).parse_args(argv)), None
     given |= {name: str(checkpoint.find(given[name])) for name in ("teacher", "start") if given.get(name)}
+    given |= {"dataset": cifar10.named(given["dataset"])} if "dataset" in given else {}
     if given.get("resume"):
         given["out"], state = folders.state_to_resume(given, Path(script).name)
         cycle = given.get("cycle") or state["settings"].get("cycle")
@@ -139,10 +142,14 @@ def start(script, description, table, recipes, argv):
     else:
         settings = fresh_settings(script, table, lines, recipes, given)
     check_settings(table, settings)
+    changed = differing(table, state["settings"], settings) if state is not None else {}
     if state is not None:
         check_position(settings, state)
+        if is_over(settings, state):
+            refuse_over(changed, settings["out"])
     parallel.refuse(settings["batch_size"], alone(table, settings))
     run = prepare(settings, state, bool(given.get("force")))
+    tell_changes(changed, run.out)
     tell_idle(run, table, given)
     with resumable(run, ends=settings["dry_run"]), enough_memory(settings):
         announce(run)
@@ -183,8 +190,8 @@ def tell_idle(run, table, given):
     parameters = sum(weight.numel() for weight in run.model.parameters())
     if not run.history:
         found += filter(None, (never_reduces(run.settings, parameters), removes_strong(run.settings)))
-    for sentence in found if parallel.leads() else ():
-        print(f"note: {sentence}", file=sys.stderr)
+    for sentence in found:
+        note(sentence)
 
 
 def check_settings(table, settings):
@@ -213,8 +220,9 @@ def prepare(settings, state, forced=False):
     with parallel.leader_first():
         data = cifar10.load(settings["dataset"], settings["data"])
     pictures = None if settings["dataset"] in cifar10.KINDS else cifar10.sha256_of(data)
-    if state is not None and not forced:
-        cifar10.refuse_changed(settings["dataset"], (state.get("kind"), state.get("pictures")), (kind, pictures))
+    if state is not None:
+        refuse_changes(cifar10.changes(settings["dataset"], (state.get("kind"), state.get("pictures")),
+                                       (kind, pictures)), forced, is_over(settings, state))
     if parallel.leads() and state is not None and not settings["dry_run"]:
         cifar10.check_folder(out)
         files.remove_partial(out)
@@ -224,11 +232,12 @@ def prepare(settings, state, forced=False):
     model = build(**quantization.without_bits(architecture)).to(device)
     start_from = settings["start"] or settings["cycle_settings"].get("input_model_path")
     if state is None and start_from:
+        start_from = checkpoint.find(start_from)
         load_start(model, architecture, start_from, settings["dataset"], kind, settings["force"])
         zeros = pruning.sparsity_of(model)
-        if zeros > 0.005 and parallel.leads():
-            print(f"note: {100 * zeros:.0f} % of the weights in {start_from} are zero; they train as the others do, "
-                  "until this run prunes them", file=sys.stderr)
+        if zeros > 0.005:
+            note(f"{100 * zeros:.0f} % of the weights in {start_from} are zero; they train as the others do, until "
+                 "this run prunes them")
     elif state is None and hasattr(model, "whiten"):
         model.whiten(torch.cat([images for images, _ in calibration]))
     check_resize(model, image_shape(kind), settings["resize"])
@@ -246,9 +255,9 @@ def prepare(settings, state, forced=False):
             memory_format=run.layout)
         run.teacher_sha256 = files.sha256_of(settings["teacher"])
         began = (state or {}).get("teacher")              # a run may be older than that
-        if began not in (None, run.teacher_sha256) and not forced:
-            raise ValueError(f"the teacher in {settings['teacher']} is not the one that the run in {out} began with; "
-                             "--force goes on with it")
+        if began not in (None, run.teacher_sha256):
+            refuse_changes(f"the teacher in {settings['teacher']} is not the one that the run in {out} began with",
+                           forced)
     if state is not None:
         restore(run, state)
     check_training(run)
@@ -305,18 +314,18 @@ def announce(run):
     # as when it began, also on resuming: compiled steps, and those in bfloat16, differ from others
     run.planned = run.planned or whole * images
     alone = parallel.ranks() == 1
-    speed, note = choose_computing(run, settings["compile"] if alone else "off", run.planned, shape)
+    speed, how = choose_computing(run, settings["compile"] if alone else "off", run.planned, shape, lay_out)
     if not alone:
-        speed, note = speed * parallel.ranks(), f"eager, {parallel.ranks()} processes"
+        speed, how = speed * parallel.ranks(), f"eager, {parallel.ranks()} processes"
     work = share_of_work(height, settings["resize"], settings["resize_until"])
-    taught, asked = share_of_teacher(run)
-    seconds = ((whole - done) * ((work + taught) * images + 0.3 * len(run.validation) * 500)
+    taught, asked = share_of_teacher(run.teacher, run.model, image_shape(run.kind), settings["teacher_views"])
+    seconds = ((whole - done) * ((work + taught) * images + 0.3 * measured_images(run))
                + asked * images * (not done)) / speed
     which = "the first round" if settings["pruning"] == "l1_cycle" and not run.round else "all rounds"
     groups = f", groups {run.architecture['groups']}" if "groups" in run.architecture else ""
     print(f"{settings['model']}{groups}, on {settings['dataset']}: {images:,} images an epoch, "
           f"{' + '.join(map(str, settings['epochs']))} epochs, {commandline.device_name(run.device)}, "
-          f"{run.arithmetic}{', grouped convolutions as dense ones' if run.form == 'dense' else ''}; {note}")
+          f"{run.arithmetic}{', grouped convolutions as dense ones' if run.form == 'dense' else ''}; {how}")
     print(f"{f'goes on after {done} of {whole} epochs; ' if done else ''}"
           f"estimated time for {which}: {seconds / 60:.1f} min at {speed:.0f} images/s; writes {run.out}",
           flush=True)
@@ -328,38 +337,10 @@ def announce(run):
         run_files.write_config(run, run_files.sources_of(Path(__file__).resolve().parent))
 
 
-def share_of_teacher(run):
-    """(in each step, once in the beginning): a teacher's operations over those of a step of the student, by image."""
-    if run.teacher is None:
-        return 0.0, 0.0
-    shape, views = image_shape(run.kind), run.settings["teacher_views"]
-    share = macs_of(run.teacher, shape) / (3 * macs_of(run.model, shape))
-    return (0.0, views * share) if views else (share, 0.0)
-
-
-def choose_computing(run, wanted, images, shape):
-    """Set the arithmetic of `run`, the form of its grouped convolutions, and what is called in place of the model.
-
-    wanted, images, shape: as `compiling.choose_forward` has them. Returns training
-    images a second, and a note for people.
-    """
-    run.dtype = compiling.choose_arithmetic(run.settings["arithmetic"], run.model, images, run.device, run.computed)
-    asked, tried = run.settings["convolutions"], {}
-    if asked == "auto" and run.form:
-        asked = run.form                  # as when it began
-    began = run.compiled if wanted == "auto" and run.settings["compile"] == "auto" else None
-    for form in compiling.forms_of(asked, run.model, run.device):
-        compiling.compute_as(run.model, form)
-        tried[form] = compiling.choose_forward(run.model, "off" if began is False else wanted, images, shape,
-                                               autocast(run.device, run.dtype), run.device, run.layout)
-    run.form = parallel.agreed(compiling.fastest_form({form: speed for form, (_, speed, _) in tried.items()}))
-    lay_out(run)
-    run.forward, speed, note = tried[run.form]
-    run.compiled = run.forward is not run.model
-    if began and not run.compiled:
-        raise ValueError(f"the run in {run.out} began compiled, and now it would be {note}, with other roundings; "
-                         "--compile off --force goes on so")
-    return speed, "eager (as it began)" if began is False else note
+def measured_images(run):
+    """How many images an epoch of `run` measures; of the published recipe all training ones and validation twice."""
+    count = len(run.validation.chosen if isinstance(run.validation, cifar10.Batches) else run.validation.dataset)
+    return 2 * count + len(run.train.dataset) if run.settings["recipe"] == "published" else count
 
 
 def begin_round(run, moved=None):
@@ -389,11 +370,6 @@ def masked_weights(run):
     if run.masked is None or run.masked[0] is not run.masks:
         run.masked = run.masks, *pruning.mask_pairs(run.model, run.masks)
     return run.masked[1:]
-
-
-def autocast(device, dtype):
-    """A context in which convolutions and matrix products compute in `dtype`, bfloat16 or float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 # ---- files

@@ -142,7 +142,7 @@ def parse(argv):
     parser.add_argument("--checkpoint", help="a run's folder, model.pt or last.pt (the newest run's, "
                         "else the ResNet-18 that ships)")
     parser.add_argument("--out", required=True, help=f"the file to write; it ends in {', '.join(FORMATS)}")
-    parser.add_argument("--dataset", help="its images, where they are not as the checkpoint says")
+    parser.add_argument("--dataset", type=cifar10.named, help="its images, where they are not as the checkpoint says")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--limit", type=int, help="compare on so many test images (all)")
     parser.add_argument("--no-compare", action="store_true", help="without test images, so without their data set")

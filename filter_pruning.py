@@ -47,7 +47,7 @@ SETTINGS = only("pruning", ("filters",), {
                      only=(("pruning", ("l1_cycle",)),)),
     "cycle_settings": Setting({}, only=(("pruning", ("l1_cycle",)),)),
     "stop_loss": Setting(None, "validation loss that ends the L1 cycle (a tenth above that before the first removal)",
-                         low=0, form=float, only=(("pruning", ("l1_cycle",)),)),
+                         above=0, form=float, only=(("pruning", ("l1_cycle",)),)),
 })
 
 
@@ -178,7 +178,7 @@ def neurons(norm):
 
 CYCLE = {
     "input_model_path": Setting(None, form=str), "output_model_path": Setting(None, form=str),
-    "finetuning_epochs": Setting(10, low=1), "stop_loss": Setting(0.1, low=0),
+    "finetuning_epochs": Setting(10, low=1), "stop_loss": Setting(0.1, above=0),
     "pruning_percent_step": Setting(0.05, low=0, high=1), "pruning_standard_deviation_part": Setting(0.2, low=0),
     "layers": Setting(None, form=str, many="+"), "round_to": Setting(1, low=1),
 }
@@ -206,12 +206,13 @@ def read_given(config):
 def check_files(settings, out, begins):
     """ValueError where a run would write over a file that it reads, or has nowhere to write its result to."""
     cycle = settings["cycle_settings"]
+    weights = cycle.get("input_model_path")
     first = {"--start": settings["start"], "--cycle": settings["cycle"],
-             "input_model_path of --cycle": cycle.get("input_model_path")}
+             "input_model_path of --cycle": weights and checkpoint.meant(weights)}
     reads, target = {"--teacher": settings["teacher"], **(first if begins else {})}, cycle.get("output_model_path")
-    if begins and first["--start"] and cycle.get("input_model_path"):
-        raise ValueError(f"--start {settings['start']} and input_model_path {cycle['input_model_path']} of --cycle "
-                         "both say where the weights begin; leave one out")
+    if begins and first["--start"] and weights:
+        raise ValueError(f"--start {settings['start']} and input_model_path {weights} of --cycle both say where the "
+                         "weights begin; leave one out")
     if target:
         folders.refuse_target("output_model_path of --cycle", target)
         folders.refuse_overwriting({"output_model_path of --cycle": target}, [out / name for name in (

@@ -38,7 +38,8 @@ SETTINGS = {
                             high=100),
     "morph_round_to": Setting(1, "widths are multiples of it", low=1),
     "morph_device": Setting(None, "a second, for --morph-cost latency", above=0, form=float, many=2,
-                            shown=("MACS", "BYTES")),
+                            shown=("MACS", "BYTES"),
+                            only=(("pruning", ("morphnet",)), ("morph_cost", ("latency",)))),
 }
 
 

@@ -260,7 +260,8 @@ def parse(argv):
     parser.add_argument("--checkpoint", help="a run's folder or file, or a compact file (the newest "
                         "run's, else the ResNet-18 that ships)")
     parser.add_argument("--model", metavar="NETWORK", help="an untrained network instead, by name")
-    parser.add_argument("--dataset", help="whose images it takes (those it was trained on; untrained: cifar10)")
+    parser.add_argument("--dataset", type=cifar10.named,
+                        help="whose images it takes (those it was trained on; untrained: cifar10)")
     parser.add_argument("--groups", type=int, help="of the untrained network (8)")
     parser.add_argument("--classes", type=int, help="of the untrained network (the data set's)")
     parser.add_argument("--bits", type=int, nargs="+", default=[16], help="of weights, and of activations (16)")

@@ -22,6 +22,7 @@ import pandas as pd
 import cifar10
 from engine import commandline, files, run_files, run_plots, tables
 from engine.settings import names_of
+from filter_pruning import CYCLE, SHRINKING
 from train import DEFAULTS, RECIPES, SETTINGS
 
 COLUMNS = ["dataset", "network", "epochs", "pruning", "mixing", "weights", "recipe", "distilled", "continued",
@@ -44,7 +45,7 @@ def read_run(folder):
     sizes = test.get("bytes") or {}
     return {"run": as_text(folder.resolve().name), "folder": folder, "dataset": settings["dataset"],
             "network": network_of(config["architecture"]),
-            "epochs": "+".join(map(str, history.groupby("round").size())),
+            "epochs": epochs_of(settings, history),
             "pruning": pruning_of(settings), "mixing": settings["mixing"],
             "weights": settings.get("weights") or "float",
             "recipe": settings["recipe"], "distilled": bool(settings.get("teacher")),
@@ -74,6 +75,15 @@ def read_runs(folders):
     return runs, [f"left out: {problem}" for problem in wrong]
 
 
+def epochs_of(settings, history):
+    """The epochs of a run, "100+25+125"; of an L1 cycle, whose number of steps is not given, "8, then 3 a step"."""
+    rounds = [str(count) for count in history.groupby("round").size()]
+    if settings.get("pruning") != "l1_cycle":
+        return "+".join(rounds)
+    steps = (settings.get("cycle_settings") or {}).get("finetuning_epochs", CYCLE["finetuning_epochs"].default)
+    return f"{rounds[0]}, then {steps} a step"
+
+
 def row_of_result(history, settings, measured):
     """The last row; of an L1 cycle, which ends with a network that it refuses, that of the network that it kept.
 
@@ -96,6 +106,8 @@ def complete(settings):
 def comparable(settings):
     """{name: text} of the settings by which runs are told apart; a path that names its seed does so as s*."""
     seed = f"-s{settings['seed']}/"
+    if settings.get("pruning") == "l1_cycle" and isinstance(settings["epochs"], list):
+        settings = {**settings, "epochs": settings["epochs"][:1]}      # it adds those of its steps
     return {name: (value if isinstance(value, str) else json.dumps(value)).replace(seed, "-s*/")
             for name, value in sorted(settings.items()) if name not in NOT_OF_THE_METHOD}
 
@@ -122,10 +134,12 @@ def network_of(architecture):
 
 
 def pruning_of(settings):
-    """How a run was pruned, in a few words: "70 %+70 %", "91 % polynomial lamp", "none"."""
-    words = ["+".join(f"{100 * share:g} %" for share in settings["sparsity"]) or "none"]
+    """How a run was pruned, in a few words: "70 %+70 %", "91 % polynomial lamp", "filters", "none"."""
+    words = ["+".join(f"{100 * share:g} %" for share in settings["sparsity"])
+             or "none" * (settings.get("pruning") not in SHRINKING)]
     usual = (None, "rounds", "none", "l1")
-    return " ".join(words + [settings[name] for name in ("pruning", "score") if settings.get(name) not in usual])
+    words += [settings[name] for name in ("pruning", "score") if settings.get(name) not in usual]
+    return " ".join(filter(None, words))
 
 
 def table_of(runs):
@@ -201,14 +215,17 @@ def distinct(runs):
     chosen = {}
     for run in runs:
         other = next((other for other in chosen.values() if same_run(run, other)), None)
+        if other is not None:
+            print(f"note: {run['folder']} and {other['folder']} hold one run; it counts once", file=sys.stderr,
+                  flush=True)
+            if rank_of(run) <= rank_of(other):
+                continue
+        if chosen.get(run["run"], other) is not other:
+            raise ValueError(f"{chosen[run['run']]['folder']} and {run['folder']} are different runs of one name; "
+                             "rename the folder of one, or leave it out")
         if other is None:
-            if run["run"] in chosen:
-                raise ValueError(f"{chosen[run['run']]['folder']} and {run['folder']} are different runs of one name; "
-                                 "rename the folder of one, or leave it out")
             chosen[run["run"]] = run
-            continue
-        print(f"note: {run['folder']} and {other['folder']} hold one run; it counts once", file=sys.stderr, flush=True)
-        if rank_of(run) > rank_of(other):
+        else:
             chosen = {run["run"] if held is other else name: run if held is other else held
                       for name, held in chosen.items()}
     return list(chosen.values())
@@ -232,14 +249,15 @@ def one_a_seed(runs):
 
 
 def same_run(one, other):
-    """Whether two folders hold one run: one folder, or the epochs of one are, times and all, the other's first ones."""
+    """Whether two folders hold one run: one folder, or the epochs of one are, times and all, the other's first ones.
+
+    A run that went on may have other settings than its copy.
+    """
     if one["folder"].resolve() == other["folder"].resolve():
         return True
     rows = min(len(one["history"]), len(other["history"]))
-    settings = [{name: value for name, value in run["settings"].items() if name != "epochs"} for run in (one, other)]
     first = [run["history"][list(COLUMNS_OF_HISTORY)][:rows].astype(float) for run in (one, other)]
-    return (settings[0] == settings[1] and one["seed"] == other["seed"] and one["started"] == other["started"]
-            and first[0].equals(first[1]))
+    return one["seed"] == other["seed"] and one["started"] == other["started"] and first[0].equals(first[1])
 
 
 def check_kept(runs, out):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import checkpoint, parallel
+from engine.operations import macs_of
 from engine.settings import Setting
 
 UNWEIGHTED = (("distillation_weight", 0),)       # beside which a teacher changes nothing
@@ -34,6 +35,17 @@ def check_settings(settings):
     """ValueError where views are asked for of no teacher."""
     if settings["teacher_views"] and not settings["teacher"]:
         raise ValueError("--teacher-views needs a --teacher to ask")
+
+
+def share_of_teacher(teacher, model, shape, views):
+    """(in each step, once in the beginning): a teacher's operations over those of a step of `model`, by image.
+
+    shape: (C, H, W) of an image; views: of --teacher-views, or None.
+    """
+    if teacher is None:
+        return 0.0, 0.0
+    share = macs_of(teacher, shape) / (3 * macs_of(model, shape))
+    return (0.0, views * share) if views else (share, 0.0)
 
 
 @torch.no_grad()

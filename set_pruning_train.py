@@ -118,7 +118,17 @@ def is_pruned(settings, round_, epoch):
     """Whether the pruning of weights is over after so many epochs of a round, and nothing of it is still to come."""
     if settings["pruning"] == "rounds":
         return round_ + 1 == len(settings["epochs"])
-    return settings["pruning"] in GRADUAL and epoch > settings["prune_end"] * settings["epochs"][0]
+    epochs = settings["epochs"][0]
+    return settings["pruning"] in GRADUAL and (epoch > settings["prune_end"] * epochs or epoch == epochs)
+
+
+def is_over(settings, state):
+    """Whether a run has trained all its epochs; an L1 cycle, which may take another step, never has.
+
+    state: round and epoch are those of its checkpoint.
+    """
+    return (settings["pruning"] != "l1_cycle" and state["round"] + 1 == len(settings["epochs"])
+            and state["epoch"] >= settings["epochs"][-1])
 
 
 def check_pruning(settings, model, masks, round_, steps, shape):
@@ -216,6 +226,8 @@ def never_reduces(settings, parameters):
     if interval > stop * epochs:
         return (f"--pruning filters removes nothing in {epochs} epochs: its first epoch is --filter-interval "
                 f"{interval}, its last is {stop} of them (--filter-stop)")
+    if not settings["filter_threshold"]:
+        return "--pruning filters removes no filter that is not zero already: --filter-threshold is 0"
     if parameters <= settings["filter_until"]:
         return (f"--pruning filters removes nothing: {parameters:,} parameters are no more than --filter-until "
                 f"{settings['filter_until']}")

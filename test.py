@@ -125,7 +125,7 @@ def parse(argv):
     parser.add_argument("--checkpoint", help="a run's folder or file, or a compact file (the newest "
                         "run's, else the ResNet-18 that ships)")
     parser.add_argument("--precision", choices=list(quantization.DTYPES), default="half")
-    parser.add_argument("--dataset", help="(the one it was trained on)")
+    parser.add_argument("--dataset", type=cifar10.named, help="(the one it was trained on)")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--limit", type=int, help="only so many test images")

@@ -19,6 +19,7 @@ import pruning
 import set_pruning_train
 from engine import checkpoint, commandline, compiling, files, operations, parallel
 from engine.averages import update_average
+from engine.computing import autocast
 from engine.endings import enough_memory, resumable
 from engine.finite import count_finite, refuse_counted, refuse_immense, refuse_nonfinite, refuse_nonfinite_state
 from engine.folders import newest
@@ -26,7 +27,6 @@ from engine.modes import in_mode
 from engine.settings import Setting, defaults_of, joined, line, only, without_flags
 from experiment import (
     MIXINGS,
-    autocast,
     begin_round,
     finish,
     lay_out,
@@ -194,7 +194,7 @@ def run_epoch(run, bar, asking=0.0):
         run.schedule.step(validation_loss)
     refuse_nonfinite_state(run, networks_of(run), validation_loss)
     parallel.refuse_drift(networks_of(run))
-    row = {"round": run.round + 1, "epoch": len(run.history) + 1, "lr": round(rate, 6),
+    row = {"round": run.round + 1, "epoch": len(run.history) + 1, "lr": float(f"{rate:.6g}"),
            "train_loss": round(loss, 4), "train_accuracy": round(accuracy, 2),
            "validation_loss": round(validation_loss, 4), "validation_accuracy": round(validation_accuracy, 2),
            "sparsity": round(pruning.sparsity_of(run.model), 5),

@@ -25,7 +25,7 @@ import pruning
 import set_pruning_train
 import train
 import train_pruning
-from engine import checkpoint, commandline, compiling, files, run_files
+from engine import checkpoint, commandline, compiling, computing, files, run_files
 
 COMMON = "--dataset digits --limit 192 --batch-size 64 --epochs 1 1 --compile off"
 PRUNED = "--sparsity 0.5"
@@ -136,7 +136,7 @@ def time_convolution(channels, side, batch, form, layout, device, dtype):
     upstream = torch.randn(images.shape, device=device).to(dtype).contiguous(memory_format=layout)
 
     def both(images):
-        with experiment.autocast(device, dtype):
+        with computing.autocast(device, dtype):
             outputs = layer(images)
         torch.autograd.grad(outputs, (images, layer.weight), upstream)
     return 1000 * min(compiling.time_repeats(both, images, 3, 0.02, device)[1])

@@ -18,6 +18,7 @@ import experiment
 import train
 from benchmarks.processes import ask, begin
 from engine import commandline, compiling, files, run_files
+from engine.computing import choose_computing
 
 
 def make_run(changes, arguments):
@@ -31,7 +32,7 @@ def make_run(changes, arguments):
     height, width, channels = cifar10.kind_of(arguments.dataset).shape
     shape = (settings["batch_size"], channels, height, width)
     wanted = "off" if recipe == "published" else "auto"
-    _, note = experiment.choose_computing(run, wanted, compiling.WORTH_COMPILING, shape)
+    _, note = choose_computing(run, wanted, compiling.WORTH_COMPILING, shape, experiment.lay_out)
     experiment.begin_round(run)
     return run, f"{run.arithmetic}, {note}"
 

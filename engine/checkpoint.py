@@ -40,15 +40,20 @@ def bytes_of(state):
 
 # ---- reading
 
+def meant(path):
+    """The file that `path` means, whether it is there or not: itself, or of a folder its model.pt."""
+    path = Path(path)
+    return path / "model.pt" if path.is_dir() else path
+
+
 def find(path):
     """The file that `path` means: itself, or of a run's folder its model.pt, which a note on stderr names.
 
     FileNotFoundError for a folder without one.
     """
-    path = Path(path)
+    path, found = Path(path), meant(path)
     if not path.is_dir():
-        return path
-    found = path / "model.pt"
+        return found
     if not found.is_file():
         way = f"{path}/last.pt holds an unfinished run" if (path / "last.pt").is_file() else "name a checkpoint"
         raise FileNotFoundError(f"there is no checkpoint at {found}, and {path} is a folder; {way}")

@@ -1,6 +1,8 @@
 """Losses, gradients and weights that leave the finite numbers end a run before they are saved."""
 import torch
 
+from engine.settings import flag_of
+
 
 def is_finite(run, loss):
     """Whether the loss and all gradients are finite: a bool tensor on the device."""
@@ -51,6 +53,6 @@ def refuse_immense(run):
 
 def diverged(run, what, step):
     """The message for a run that left the finite numbers."""
-    last = run.out / "last.pt"
-    return (f"{what}: epoch {len(run.history) + 1}, {step}, learning rate {run.optimizer.param_groups[0]['lr']:.4g}; "
-            f"last good checkpoint: {last if last.exists() else 'none yet'}; try a smaller --lr")
+    last, first = run.out / "last.pt", run.optimizer.param_groups[0]
+    return (f"{what}: epoch {len(run.history) + 1}, {step}, learning rate {first['lr']:.4g}; last good checkpoint: "
+            f"{last if last.exists() else 'none yet'}; try a smaller {flag_of(first.get('rate', 'lr'))}")

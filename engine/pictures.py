@@ -145,9 +145,14 @@ def list_classes(folder):
 
 
 def files_in(folder):
-    """The pictures below a folder, to any depth, in torchvision's order; names with a dot in front are left out."""
+    """The pictures below a folder, to any depth, in torchvision's order; names with a dot in front are left out.
+
+    OSError for a folder that cannot be read.
+    """
+    def refuse(problem):
+        raise problem
     found, seen = [], set()
-    for inside, folders, names in os.walk(folder, followlinks=True):
+    for inside, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if os.path.realpath(inside) in seen:           # a link that leads back
             folders.clear()
             continue

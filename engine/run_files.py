@@ -70,9 +70,15 @@ def check_target(path, reads=(), beside=()):
 
 
 def sources_of(folder):
-    """{path: text} of the Python files of the project in `folder` that a run may use."""
-    paths = [*folder.glob("*.py"), *(path for part in FOLDERS for path in (folder / part).glob("*.py"))]
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(paths)}
+    """{path: text} of the Python files of the project in `folder` that a run may use; a note of one that is unreadable.
+
+    Names with a dot in front are left out: editors and file systems put such beside a file.
+    """
+    paths, sources = [path for part in (".", *FOLDERS) for path in (folder / part).glob("*.py")], {}
+    for path in sorted(path for path in paths if not path.name.startswith(".")):
+        with files.noted():
+            sources[path.relative_to(folder).as_posix()] = path.read_bytes().decode(errors="backslashreplace")
+    return sources
 
 
 def write_config(run, sources):
@@ -91,9 +97,17 @@ def write_config(run, sources):
             config |= {"started": first.get("started"), "resumed": [*before, config["started"]],
                        "sha256": check(path, first, "sha256", dict, optional=True) or {}}
     elif run.made is not None:            # it begins
-        start = run.settings["start"] and files.sha256_of(run.settings["start"])
-        config["sha256"] = {name: value for name, value in (("teacher", run.teacher_sha256), ("start", start)) if value}
+        start = start_of(run.settings)
+        found = {"teacher": run.teacher_sha256, "start": start and files.sha256_of(start),
+                 "pictures": run.pictures_sha256}
+        config["sha256"] = {name: value for name, value in found.items() if value}
     files.write(path, json.dumps(config, indent=1).encode())
+
+
+def start_of(settings):
+    """The file whose weights a run with these settings begins with, or None."""
+    start = settings.get("start") or (settings.get("cycle_settings") or {}).get("input_model_path")
+    return start and checkpoint.meant(start)
 
 
 def read_config(folder):

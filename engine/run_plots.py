@@ -22,11 +22,11 @@ def draw_curves(path, run):
         for part in ("train", "validation"):
             axes.plot(history["epoch"], history[f"{part}_{what}"], marker=".", label=part)
         last = history.groupby("round")["epoch"].max()
-        after = history.groupby("round")["sparsity"].first()
+        after = history.groupby("round").first()
         for round_, epoch in list(last.items())[:-1]:
             axes.axvline(epoch + 0.5, color="gray", linestyle="--")
             top = what == "loss"
-            axes.annotate(f"pruned to {after[round_ + 1]:.0%}", (epoch + 0.5, float(top)), rotation=90, fontsize=8,
+            axes.annotate(pruned_to(after.loc[round_ + 1]), (epoch + 0.5, float(top)), rotation=90, fontsize=8,
                           xycoords=("data", "axes fraction"), xytext=(3, -4 if top else 4),
                           textcoords="offset points", va="top" if top else "bottom")
         axes.set(xlabel="epoch", ylabel=what + (" (%)" if what == "accuracy" else ""))
@@ -34,6 +34,13 @@ def draw_curves(path, run):
         axes.legend()
     right.set_title(f"{run['dataset']}, {run['network']}", fontsize=10)
     files.save_figure(path, figure)
+
+
+def pruned_to(row):
+    """What a pruning has left at a row of history.csv: zeros, or a network of fewer parameters, in a few words."""
+    if not row["sparsity"] and "parameters" in row:
+        return f"{row['parameters']:,.0f} parameters"
+    return f"pruned to {row['sparsity']:.0%}"
 
 
 def draw_layers(path, run):

@@ -161,6 +161,8 @@ def check_value(setting, value, told, flagged=None, line=False):
         raise ValueError(f"{told}: it must be {KINDS.get(setting.kind, setting.kind.__name__)}"
                          + ", such as 8" * (setting.kind is int) + ", each of several" * bool(setting.many)
                          + (f"; choose from {', '.join(map(repr, setting.choices))}" if setting.choices else ""))
+    if not setting.choices and any(each == "" for each in values):
+        raise ValueError(f"{(flagged or told).strip()}: it is empty; give a value, or leave it out")
     if setting.choices and any(each not in setting.choices for each in values):
         raise ValueError(f"{told} is unknown; choose from {', '.join(map(repr, setting.choices))}")
     if any(isinstance(each, (int, float)) and not within(setting, each) for each in values):
@@ -216,6 +218,18 @@ def lacking(table, settings, name):
 
 # ---- a run that goes on
 
+def differing(table, before, settings):
+    """{name: (value then, value now)} of the settings that are not those of a checkpoint; free ones are left out."""
+    stored = {**defaults_of(table), **before}
+    return {name: (stored[name], settings[name]) for name in table
+            if name not in names_of(table, "free") and stored[name] != settings[name]}
+
+
+def in_words(changed):
+    """What `differing` gives, as "lr: 0.1 then, 0.2 now; ..."."""
+    return "; ".join(f"{name}: {old} then, {new} now" for name, (old, new) in changed.items())
+
+
 def to_resume(table, state, lines, given):
     """The settings stored in a checkpoint, with what may differ taken from the flags; defaults for what it lacks.
 
@@ -236,8 +250,8 @@ def to_resume(table, state, lines, given):
         raise ValueError(f"the run in {given['out']} began with {fixed[0]} {old}; {flag_of(fixed[0])} {new} comes too "
                          f"late, with --force too: {way}")
     if changed and not given.get("force"):
-        listed = "; ".join(f"{name}: {old} then, {new} now" for name, (old, new) in changed.items())
-        raise ValueError(f"the run in {given['out']} has other settings ({listed}); --force accepts the new ones")
+        raise ValueError(f"the run in {given['out']} has other settings ({in_words(changed)}); --force accepts the new "
+                         "ones")
     accepted = {name: new for name, (_, new) in changed.items()}
     return {**stored, "dry_run": False, "debug": False, **accepted,
             **{name: given[name] for name in free if name in given}, "lines": {**held, **lines}}

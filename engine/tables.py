@@ -80,7 +80,7 @@ def places_of(path, titles, columns):
 
 def pages_of(root="."):
     """README.md and docs/*.md below a folder, those that are there."""
-    return [page for page in (Path(root) / "README.md", *sorted(Path(root).glob("docs/*.md"))) if page.is_file()]
+    return [page for page in (Path(root) / "README.md", *sorted(Path(root).glob("docs/[!.]*.md"))) if page.is_file()]
 
 
 def write_pages(root="."):
@@ -90,8 +90,8 @@ def write_pages(root="."):
     """
     changed, problems = [], []
     for page in pages_of(root):
-        before = page.read_text(encoding="utf-8")
         try:
+            before = page.read_text(encoding="utf-8")
             after = fill(before, root)
         except (ValueError, OSError) as problem:
             problems.append(f"{page}: {problem}")

@@ -10,11 +10,12 @@ import os
 import shlex
 from pathlib import Path
 
+import cifar10
 import experiment
 import networks
 import train
 import train_pruning
-from engine import commandline, files, run_files
+from engine import checkpoint, commandline, files, run_files
 from engine.settings import defaults_of, names_of
 
 PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
@@ -174,8 +175,8 @@ def settings_of(study, arm, seed):
     script, flags = command_of(study, arm, seed)
     given, lines = given_flags(script, flags)
     table = SCRIPTS[script].SETTINGS
-    given |= {name: f"{given[name]}/model.pt" for name in ("teacher", "start")      # as `checkpoint.find` has a folder
-              if given.get(name) and Path(given[name]).is_dir()}
+    given |= {name: str(checkpoint.meant(given[name])) for name in ("teacher", "start") if given.get(name)}
+    given |= {"dataset": cifar10.named(given["dataset"])} if "dataset" in given else {}
     settings = experiment.fresh_settings(script, table, lines, train.RECIPES, {**given, "seed": seed})
     experiment.check_settings(table, settings)
     return settings
@@ -213,12 +214,16 @@ def check_runs(name, study, seeds):
 
 
 def refuse_other_files(folder, stored, sha256):
-    """ValueError where a teacher or a start is another file now than the run in `folder` began with."""
+    """ValueError where a teacher, a start or the pictures are others now than the run in `folder` began with."""
+    paths = {"teacher": stored.get("teacher"), "start": run_files.start_of(stored), "pictures": stored["dataset"]}
     for name, before in sha256.items():
-        path = stored.get(name)
-        if path and Path(path).exists() and files.sha256_of(path) != before:
-            raise ValueError(f"{folder} was trained with another --{name} than {path} is now; move that folder away "
-                             "to train it again, or put the file back")
+        path = paths.get(name)
+        if not path or not Path(path).exists():
+            continue
+        now = cifar10.sha256_of(cifar10.load(path)) if name == "pictures" else files.sha256_of(path)
+        if now != before:
+            raise ValueError(f"{folder} was trained with another {name} than {path} is now; move that folder away to "
+                             "train it again, or put back what was there")
 
 
 def differences(stored, wanted):

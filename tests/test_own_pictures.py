@@ -1,6 +1,7 @@
 """What a file says of its data set: a run on a folder of pictures, every export of it, and what does not fit."""
 import json
 import math
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sample_runs import Stop, stop_after_a_save
 
 import cifar10
 import export
@@ -21,7 +23,7 @@ import test as half_test
 import train
 import train_pruning
 from deploy import onnx_files
-from engine import checkpoint, tensor_files
+from engine import checkpoint, pictures, tensor_files
 from networks import data_of, load_network
 
 ENDINGS = [".pt.gz", ".int8.pt.gz", ".safetensors", ".onnx", ".w8.onnx", ".int8.onnx"]
@@ -157,17 +159,55 @@ def test_a_folder_without_its_path_in_the_name_of_a_run(own, monkeypatch, tmp_pa
     assert run.name.startswith("colours-lenet5-student-")
 
 
-def test_a_run_goes_on_only_while_its_folder_is_as_it_was(own, tmp_path):
+def test_a_run_goes_on_only_while_its_folder_is_as_it_was(own, tmp_path, capsys):
     folder, out = shutil.copytree(own.folder, tmp_path / "colours"), tmp_path / "run"
-    train.main(["--dataset", str(folder), "--out", str(out), *QUICK])
-    train.main(["--resume", "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        stop_after_a_save(patch)
+        train.main(["--dataset", str(folder), "--out", str(out), *QUICK, "--epochs", "2"])
     Image.new("RGB", (32, 32)).save(folder / "train" / "red" / "new.png")
     (out / "last.pt.partial").touch()
     with pytest.raises(ValueError, match=r"colours is not as it was .*counts: \[24, 9\] then, \[25, 9\] now.*--force"):
         train.main(["--resume", "--out", str(out)])
     assert (out / "last.pt.partial").exists()             # refused before anything is touched
     train.main(["--resume", "--force", "--out", str(out)])
+    assert "counts: [24, 9] then, [25, 9] now); the run goes on with it" in capsys.readouterr().err
     assert not (out / "last.pt.partial").exists()
+
+
+def test_the_network_of_a_finished_run_is_not_said_to_be_of_other_pictures(own, tmp_path):
+    folder, out = shutil.copytree(own.folder, tmp_path / "colours"), tmp_path / "run"
+    train.main(["--dataset", str(folder), "--out", str(out), *QUICK])
+    train.main(["--resume", "--out", str(out)])
+    Image.new("RGB", (32, 32)).save(folder / "train" / "red" / "new.png")
+    before = (out / "model.pt").read_bytes()
+    for flags in ([], ["--force"]):
+        with pytest.raises(ValueError, match=r"is not as it was .*; the run is finished: put back what it began with"):
+            train.main(["--resume", *flags, "--out", str(out)])
+    assert (out / "model.pt").read_bytes() == before
+    train.main(["--resume", "--force", "--epochs", "2", "--out", str(out)])
+
+
+def test_a_folder_of_pictures_that_cannot_be_read_is_named(own, monkeypatch):
+    def refused(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match="colours"):
+        pictures.files_in(own.folder / "train" / "red")
+
+
+def test_a_slash_behind_a_folder_changes_nothing(own, tmp_path):
+    out = tmp_path / "run"
+    train.main(["--dataset", f"{own.folder}//", "--out", str(out), "--teacher", str(own.model), *QUICK])
+    assert checkpoint.read(out / "model.pt")["dataset"] == str(own.folder)
+    train.main(["--resume", "--dataset", f"{own.folder}/", "--out", str(out)])
+    half_test.main(["--checkpoint", str(out / "model.pt"), "--dataset", f"{own.folder}/"])
+    assert json.loads((out / "report.json").read_text())["test"]["accuracy"] >= 0
+
+
+@pytest.mark.parametrize("given, named", [("data/mine/", "data/mine"), ("mine//", "mine"), ("/", "/"),
+                                          ("cifar10", "cifar10"), ("digits/", "digits/"), ("./digits/", "./digits")])
+def test_a_data_set_is_named_without_its_last_slash_but_for_a_folder_called_like_another(given, named):
+    assert cifar10.named(given) == named
 
 
 def test_the_published_recipe_and_its_loaders_take_a_folder(own, tmp_path):

@@ -43,7 +43,7 @@ def test_another_setting_is_another_row(reported, tmp_path, setting, value):
     shutil.copytree(reported[0], other)
     config = json.loads((other / "config.json").read_text())
     config["settings"][setting] = value
-    (other / "config.json").write_text(json.dumps(config))
+    (other / "config.json").write_text(json.dumps({**config, "started": "another day"}))
     report.main([*map(str, reported), str(other), "--out", str(tmp_path / "out")])
     table = pd.read_csv(tmp_path / "out" / "table.csv")
     assert sorted(table["n"]) == [1, 2]
@@ -182,7 +182,7 @@ def test_a_run_and_its_copy_count_once(reported, tmp_path, monkeypatch, capsys):
 
 def test_two_runs_of_one_name_are_refused_and_no_copy_is_overwritten(reported, tmp_path):
     one = shutil.copytree(reported[0], tmp_path / "x" / "same")
-    other = edit(shutil.copytree(reported[0], tmp_path / "y" / "same"), lr=0.01)
+    other = edit(shutil.copytree(reported[0], tmp_path / "y" / "same"), slower)
     with pytest.raises(ValueError, match="x/same and .*y/same are different runs of one name"):
         report.main([str(one), str(other), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
@@ -191,6 +191,30 @@ def test_two_runs_of_one_name_are_refused_and_no_copy_is_overwritten(reported, t
     with pytest.raises(ValueError, match="out/same holds a copy of another run than .*y/same"):
         report.main([str(other), "--out", str(tmp_path / "out")])
     assert (tmp_path / "out/same/config.json").read_bytes() == before
+
+
+def slower(history):
+    """Of another run: its epochs took longer."""
+    return history.assign(seconds=history["seconds"] + 1)
+
+
+def test_a_run_that_went_on_with_other_settings_is_still_the_run_that_its_copy_is_of(reported, tmp_path, capsys):
+    run = shutil.copytree(reported[0], tmp_path / "runs" / "a")
+    report.main([str(run), "--out", str(tmp_path / "out")])
+    edit(run, lambda history: pd.concat([history, history.tail(1)]), epochs=[1, 1, 2], lr=0.01, device="cpu")
+    report.main([str(tmp_path / "out" / "a"), str(run), "--out", str(tmp_path / "out")])
+    table = pd.read_csv(tmp_path / "out/table.csv")
+    assert table["n"].tolist() == [1] and "lr 0.01" in table["other_settings"][0]
+    assert "hold one run; it counts once" in capsys.readouterr().err
+
+
+def test_no_run_is_lost_where_a_longer_copy_has_the_name_of_another_run(reported, tmp_path):
+    short = shutil.copytree(reported[0], tmp_path / "x" / "a")
+    other = edit(shutil.copytree(reported[0], tmp_path / "y" / "b"), slower)
+    longer = edit(shutil.copytree(reported[0], tmp_path / "z" / "b"),
+                  lambda history: pd.concat([history, history.tail(1)]))
+    with pytest.raises(ValueError, match="y/b and .*z/b are different runs of one name"):
+        report.main([str(short), str(other), str(longer), "--out", str(tmp_path / "out")])
 
 
 def test_a_run_that_went_on_is_kept_in_its_later_state(reported, tmp_path):

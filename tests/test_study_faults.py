@@ -261,7 +261,7 @@ def test_a_student_of_another_teacher_is_refused(name, flag, here):
     held = checkpoint.read(teacher)
     held["weights"]["conv1.weight"] += 1
     checkpoint.save(teacher, held)
-    with pytest.raises(ValueError, match=f"small-second-s0 was trained with another --{name} than "
+    with pytest.raises(ValueError, match=f"small-second-s0 was trained with another {name} than "
                                          "runs/small-first-s0/model.pt is now"):
         study.main([str(path), "--finished"])
     teacher.unlink()                                     # what is gone says nothing

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from sample_runs import QUICK, Stop, history_of, part_of, resume, stop_after_a_save
+from sample_runs import QUICK, Stop, history_of, part_of, resume, start_rounds, stop_after_a_save
 from test_study import call_here, study_file
 
 import experiment
@@ -19,7 +19,7 @@ import study
 import test as half_test
 import train
 import train_pruning
-from engine import checkpoint, compiling, run_files, shrinking, small_images
+from engine import checkpoint, compiling, files, run_files, run_plots, shrinking, small_images
 from engine.widths import widths_of
 from studies import study_file as studied
 
@@ -50,6 +50,39 @@ def test_the_numbers_of_a_cycle_are_those_of_the_network_that_it_kept(cycle, tmp
         run = report.read_run(folder)
         assert (run["validation_accuracy"], run["test_accuracy"]) == (expected, measured)
         assert run["nonzero"] is not None
+
+
+def test_seeds_of_a_cycle_share_a_row_however_many_steps_each_took(cycle, tmp_path):
+    longer = shutil.copytree(cycle, tmp_path / "longer")
+    config = json.loads((longer / "config.json").read_text())
+    config["settings"] |= {"seed": 1, "epochs": [6, 1, 1]}                  # as one that was resumed has them
+    (longer / "config.json").write_text(json.dumps(config))
+    history = pd.read_csv(longer / "history.csv")
+    again = history.tail(1).assign(round=history["round"].max() + 1, seconds=9)
+    pd.concat([history, again]).to_csv(longer / "history.csv", index=False)
+    report.main([str(cycle), str(longer), "--out", str(tmp_path / "out")])
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert (table["n"].tolist(), table["epochs"].tolist(), table["pruning"].tolist()) == (
+        [2], ["6, then 1 a step"], ["l1_cycle"])
+
+
+def test_the_plot_of_a_run_that_lost_filters_tells_its_parameters(cycle):
+    row = pd.read_csv(cycle / "history.csv").iloc[-1]
+    assert run_plots.pruned_to(row) == f"{int(row['parameters']):,} parameters"
+    assert run_plots.pruned_to(row.drop("parameters")) == "pruned to 0%"
+    assert run_plots.pruned_to(pd.Series({"sparsity": 0.7, "parameters": 9})) == "pruned to 70%"
+
+
+def test_a_cycle_begins_with_the_network_of_a_runs_folder(cycle, tmp_path):
+    settings = tmp_path / "cycle.json"
+    settings.write_text(json.dumps({"finetuning_epochs": 1, "input_model_path": str(cycle)}))
+    run = start_rounds(*shlex.split(
+        "--dataset digits --limit 64 --batch-size 32 --compile off --device cpu --mixing none --model lenet5-student "
+        "--pruning l1_cycle --epochs 1 --cycle"), settings, "--out", tmp_path / "run")
+    kept = checkpoint.read(cycle / "model.pt")["weights"]
+    assert torch.equal(run.model.state_dict()["linear1.weight"], kept["linear1.weight"])
+    sha256 = json.loads((tmp_path / "run" / "config.json").read_text())["sha256"]
+    assert sha256 == {"start": files.sha256_of(cycle / "model.pt")}
 
 
 def test_a_cycle_measured_before_it_went_on_is_told(cycle, tmp_path):
@@ -222,6 +255,7 @@ def test_each_of_the_sparsities_that_a_run_goes_on_with_is_checked(tmp_path):
 @pytest.mark.parametrize("first, done, late", [
     ("--pruning polynomial --epochs 6 --sparsity 0.5 --prune-end 0.5", 4, "--sparsity 0.9"),
     ("--pruning polynomial --epochs 6 --sparsity 0.5 --prune-end 0.5", 4, "--score lamp"),
+    ("--pruning polynomial --epochs 2 --sparsity 0.5 --prune-end 1", 2, "--sparsity 0.9"),
     ("--epochs 1 2 --sparsity 0.5", 2, "--macs 100000"), ("--epochs 1 2 --sparsity 0.5", 2, "--exclude conv1")])
 def test_what_the_last_pruning_would_have_read_comes_too_late_behind_it(first, done, late, tmp_path):
     out = part_of(tmp_path / "run", *first.split(), epochs=done)
@@ -264,7 +298,7 @@ def test_an_arm_whose_teacher_is_a_folder_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "call", call_here)
     arms = [{"group": "g", "name": name, "run": f"train.py --mixing none --model lenet5{more}"} for name, more in
-            (("teacher", ""), ("student", "-student --teacher runs/small-teacher-s{seed}"))]
+            (("teacher", ""), ("student", "-student --teacher ./runs/small-teacher-s{seed}/"))]
     path = study_file(tmp_path, seeds=[0], arms=arms)
     for flags in ([], ["--finished"], []):
         study.main([str(path), *flags])
