@@ -1,12 +1,12 @@
-"""How fast, and what for: `python benchmark.py inference`, `training`, `profile`, `deployment`, `overview` or `check`.
+"""Benchmarks: `python benchmark.py inference`, `training`, `profile`, `deployment`, `overview` or `check`.
 
 inference: images a second of several networks in PyTorch and ONNX Runtime.
-training: the loop of train.py against the published run's.
+training: speed of the training loop in train.py against that of the published run.
 profile: where the time of a training step goes, by kind of kernel.
-deployment: trained networks in use: accuracy, bytes and milliseconds of every form of each.
-overview: every network that ships, tested and counted, beside results of others.
+deployment: accuracy, bytes and milliseconds of trained networks in every export format.
+overview: tests and counts every network that ships and lists it beside results of others.
 check: whether every technique runs on a GPU, and what is slow there.
-`python benchmark.py profile --help` lists the flags of one; benchmarks/ holds them.
+`python benchmark.py profile --help` lists the flags of one benchmark; their code is in benchmarks/.
 """
 import engine.interrupts  # isort: skip  # noqa: F401
 import importlib
@@ -17,7 +17,7 @@ PARTS = ("inference", "training", "profile", "deployment", "overview", "check")
 
 
 def main(argv):
-    """Run the part that the first argument names."""
+    """Run the benchmark that the first argument names."""
     if argv[:1] in ([], ["-h"], ["--help"]):
         print(__doc__)
         return

@@ -1,32 +1,35 @@
 """BinaryConnect: forward and backward with weights of -H and +H, updates on real weights.
 
-    with binarized(model):                    # -H or +H, real weights again at the end
+    with binarized(model):                    # -H or +H inside, real weights again at the end
         loss = criterion(model(images), targets)
         loss.backward()
     optimizer.step()
     BC(model).clip()                          # real weights stay within [-H, H]
 
 Courbariaux et al. 2015 (arXiv:1511.00363), algorithm 1. Every convolution and
-linear weight that trains is binary; batch norm, biases and a whitening stem, which is
-set once, stay real. With pruning masks the values are -H, 0 and +H. `BC` offers the same
-under its customary names.
+linear weight that is trained is binary; batch norm, biases and a whitening stem, which
+is set once, stay real. With pruning masks the values are -H, 0 and +H. `BC` offers the
+same with the usual method names.
 """
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-BINARY = ("binary", "binary-stochastic")      # of the lines WEIGHTS, those that train so
+BINARY = ("binary", "binary-stochastic")      # choices of the line WEIGHTS with binary weights
 
 
 def binary_weights(model):
-    """{name: weight} of every convolution and linear layer that trains; a whitening stem is as it was set."""
+    """{name: weight} of every trained convolution and linear layer; a whitening stem is not trained."""
     return {f"{name}.weight": module.weight for name, module in model.named_modules()
             if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.requires_grad}
 
 
 def scale_of(weight, scale):
-    """H of one weight tensor: 1 for "one", sqrt(1.5 / (fan_in + fan_out)) for "glorot"."""
+    """H of one weight tensor: 1 for "one", sqrt(1.5 / (fan_in + fan_out)) for "glorot".
+
+    The fans are those of torch.nn.init: of a grouped layer fan_in counts one group, fan_out all outputs.
+    """
     if scale == "one":
         return 1.0
     if scale != "glorot":
@@ -56,10 +59,10 @@ def binarize(weight, height, generator=None, mask=None):
 
 
 class BC:
-    """BinaryConnect around a model, under its customary names.
+    """BinaryConnect around a model, with the usual method names.
 
     scale: "one" or "glorot", see `scale_of`; generator: binarizes stochastically;
-    masks: {name: bool tensor} of pruned weights, which are 0. A step is
+    masks: {name: bool tensor}, False for pruned weights, which are 0. A step is
     binarization, forward and backward, restore, the optimizer's step, clip.
     """
 
@@ -68,13 +71,13 @@ class BC:
         self.saved_params = None
 
     def save_params(self):
-        """Keep a copy of the real weights; one that is kept already stays."""
+        """Save a copy of the real weights, unless one is saved already."""
         if self.saved_params is None:
             self.saved_params = {name: weight.detach().clone() for name, weight in binary_weights(self.model).items()}
 
     @torch.no_grad()
     def binarization(self):
-        """Make the weights binary, from the real ones: a second call does not lose them."""
+        """Binarize the weights, always from the saved real ones: a second call does not lose them."""
         self.save_params()
         for name, weight in binary_weights(self.model).items():
             real = self.saved_params[name]
@@ -82,7 +85,7 @@ class BC:
 
     @torch.no_grad()
     def restore(self):
-        """Bring the real weights back, in place, so that gradients and optimizer slots stay with them."""
+        """Restore the real weights, in place, so that gradients and optimizer state stay attached to them."""
         for name, real in (self.saved_params or {}).items():
             self.model.get_parameter(name).copy_(real)
         self.saved_params = None
@@ -95,16 +98,16 @@ class BC:
             weight.clamp_(-height, height)
 
     def forward(self, images):
-        """The model's outputs, with whatever weights it has now."""
+        """The model's outputs with its current weights."""
         return self.model(images)
 
 
 @contextmanager
 def binarized(model, scale="one", generator=None, masks=None):
-    """The model with binary weights; at the end, also after an error, the real ones are back.
+    """A context in which the model has binary weights; at its end, also after an error, the real ones are restored.
 
-    Blocks may be nested: the inner one binarizes what is binary already, which
-    changes nothing when deterministic, and the outer one restores.
+    Contexts may be nested: the inner one binarizes weights that are binary already,
+    which changes nothing if deterministic, and the outer one restores the real ones.
     """
     connect = BC(model, scale, generator, masks)
     try:

@@ -5,15 +5,15 @@
     for images, labels in Batches(data.x_train, data.y_train, 64, KINDS["cifar10"], chosen=train):
         ...                                          # (64, 3, 32, 32) float, normalised
 
-`load` reads `data/<dataset>.npz` (a second); where there is none, torchvision's
-reader takes over, download and checksums included, and the `.npz` is written
-for the next start. `digits` ships with scikit-learn and needs no download. The
-name of a folder in place of a data set's reads the pictures in it (`engine/pictures.py`).
+`load` reads `data/<dataset>.npz` (takes a second); if there is none, torchvision's
+reader downloads and checks the original files, and the `.npz` is written for the
+next start. `digits` ships with scikit-learn and needs no download. If the name is
+that of a folder, the pictures in it are read (`engine/pictures.py`).
 
 `Batches` keeps the whole set on the device as uint8 and crops, flips and
-normalises each sample there, so that no worker process is needed. People with a
-loop of their own take `loaders`: torchvision transforms and DataLoaders over the
-same splits.
+normalises each sample there, so that no worker process is needed. For a
+training loop of your own, use `loaders`: torchvision transforms and DataLoaders
+over the same splits.
 """
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ from engine import files, originals, pictures
 
 
 class Kind(NamedTuple):
-    """What is known of a data set; mean and std by channel, of pixels scaled to [0, 1]."""
+    """The properties of a data set; mean and std by channel, of pixels scaled to [0, 1]."""
 
     shape: tuple          # one image, (H, W, C)
     counts: tuple         # training and test images
@@ -56,7 +56,7 @@ KINDS = {
     "svhn": Kind((32, 32, 3), (73_257, 26_032), (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), DIGITS, False,
                  "SVHN"),
 }
-PICTURE = (32, 32, 3)     # what one's own pictures are scaled to
+PICTURE = (32, 32, 3)     # size that your own pictures are scaled to
 check_folder = originals.check_folder
 HELP = f"{', '.join(KINDS)}, or a folder that holds train/<class>/ and test/<class>/ with pictures"
 
@@ -70,13 +70,13 @@ class Data(NamedTuple):
     y_test: np.ndarray
 
 
-# ---- what is known of a data set
+# ---- the properties of a data set
 
 def kind_of(dataset, stored=None):
-    """The `Kind` of a data set: of its name, of a folder of pictures, or as a checkpoint has `stored` it (`plain`).
+    """Return the `Kind` of a data set: by its name, of a folder of pictures, or as a checkpoint `stored` it (`plain`).
 
-    A name comes before a folder that is called the same; "./digits" is the folder.
-    ValueError for what is neither, and for what is stored in another form.
+    A data set's name takes precedence over a folder of that name; "./digits" is the folder.
+    Raises ValueError if it is neither, and if `stored` has another form.
     """
     if stored is not None:
         return from_plain(dataset, stored)
@@ -84,7 +84,7 @@ def kind_of(dataset, stored=None):
 
 
 def named(dataset):
-    """The same data set without slashes at its end, so that data/mine/ is data/mine; digits/ is still a folder."""
+    """Return the name without trailing slashes, so that data/mine/ is data/mine; digits/ still means a folder."""
     short = dataset.rstrip("/")
     return dataset if short in KINDS else short or dataset
 
@@ -96,7 +96,7 @@ def plain(kind):
 
 
 def from_plain(dataset, stored):
-    """The `Kind` that `plain` wrote; ValueError where the file holds something else."""
+    """The `Kind` that `plain` wrote; ValueError if the file holds something else."""
     try:
         if not isinstance(stored, dict):
             raise TypeError
@@ -115,9 +115,9 @@ def from_plain(dataset, stored):
 
 
 def changes(dataset, stored, found):
-    """What of a folder of pictures is no longer as a run began with it, in words; None where nothing is.
+    """Say in words what changed in a folder of pictures since a run began; None if nothing did.
 
-    stored, of the checkpoint, and found: (kind, `sha256_of` the images and labels); None was never stored.
+    stored (in the checkpoint), found (now): (kind, `sha256_of` the images and labels); None if never stored.
     """
     before, now = (plain(each) for each in (kind_of(dataset, stored[0]) if stored[0] is not None else found[0],
                                             found[0]))
@@ -142,7 +142,7 @@ def sha256_of(data):
 # ---- from files to arrays
 
 def read_folder(folder):
-    """(Kind, Data) of a folder of pictures by class, scaled to 32x32; a mirrored one is taken to be of its class."""
+    """(Kind, Data) of a folder of pictures by class, scaled to 32x32; mirroring is assumed to keep the class."""
     if not Path(folder).is_dir():
         raise ValueError(f"no data set and no folder is called {str(folder)!r}; --dataset takes {HELP}")
     classes, arrays, mean, std = pictures.read_classes(folder, PICTURE)
@@ -153,10 +153,10 @@ def read_folder(folder):
 def load(dataset, root="data", classes=None):
     """The data set called `dataset`, one of KINDS or a folder of pictures, as `Data`.
 
-    root: the folder that holds, or will hold, `<dataset>.npz`; classes: those that a
-    network tells apart, which a folder may have no longer. Raises ValueError for other
-    classes and for a file that is damaged or of another form, FileNotFoundError where
-    there is none and it cannot be downloaded, OSError where the folder cannot be used.
+    root: the folder that holds, or will hold, `<dataset>.npz`; classes: those of a
+    network, which a folder must still have. Raises ValueError for other classes and
+    for a file that is damaged or of another form, FileNotFoundError if there is none
+    and it cannot be downloaded, OSError if the folder cannot be used.
     """
     if dataset not in KINDS:
         kind, data = read_folder(dataset)
@@ -169,7 +169,7 @@ def load(dataset, root="data", classes=None):
         return check(read_npz(path), KINDS[dataset], path)
     if dataset == "digits":
         return check(read_digits(), KINDS[dataset], "scikit-learn's digits")
-    with contextlib.suppress(OSError):             # which `read_originals` tells of
+    with contextlib.suppress(OSError):             # `read_originals` reports it
         originals.check_folder(root)
     with files.locked(Path(root)):                 # another process may be downloading or unpacking
         if path.exists():
@@ -180,7 +180,7 @@ def load(dataset, root="data", classes=None):
 
 
 def read_npz(path):
-    """The four arrays of an `.npz`; its zip's checksums are checked, nothing is unpickled."""
+    """Read the four arrays of an `.npz`; its zip's checksums are checked, nothing is unpickled."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             found = {name: read_member(archive.zip, name) for name in Data._fields if name in archive}
@@ -200,7 +200,7 @@ def read_npz(path):
 
 
 def read_member(archive, name):
-    """One array of an `.npz`, read as a whole: zipfile checks a member's checksum only at its end."""
+    """Read one array of an `.npz` as a whole: zipfile checks a member's checksum only at its end."""
     content = archive.read(f"{name}.npy")
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
@@ -213,7 +213,7 @@ def read_member(archive, name):
 
 
 def check(data, kind, source):
-    """`data` with int64 labels, or ValueError: the array, the first bad index, the expected form."""
+    """Return `data` with int64 labels; ValueError names the array, the first bad index and the expected form."""
     fields = data._asdict()
     for part, count in zip(("train", "test"), kind.counts, strict=True):
         images, labels = fields[f"x_{part}"], fields[f"y_{part}"]
@@ -244,7 +244,7 @@ def read_digits():
 
 
 def write_npz(path, data):
-    """Write `data` for the next start: whole or not at all."""
+    """Write `data` for the next start, completely or not at all."""
     held = io.BytesIO()
     np.savez(held, **data._asdict())
     try:
@@ -254,11 +254,11 @@ def write_npz(path, data):
 
 
 def split(data, validation=0.1, limit=None):
-    """Indices of the training images for training and for validation: 45,000 and 5,000 of CIFAR-10.
+    """Split the training images: indices for training and for validation, 45,000 and 5,000 of CIFAR-10.
 
     The order is a fixed permutation (NumPy's RandomState(0), whose stream is
-    frozen); its last tenth, of a small set at least one image, is the validation
-    split. limit: at most so many in each. ValueError for a set of one image.
+    frozen); its last tenth, at least one image, is the validation split. limit: at
+    most this many in each. Raises ValueError for a set of one image.
     """
     order = np.random.RandomState(0).permutation(len(data.x_train))
     if len(order) < 2:
@@ -268,9 +268,9 @@ def split(data, validation=0.1, limit=None):
 
 
 def some(images, labels, limit=None):
-    """At most `limit` images and their labels, (N, H, W, C) and (N,); all where it is None.
+    """Return at most `limit` images and their labels, (N, H, W, C) and (N,); all if it is None.
 
-    The first ones, or where they stand class by class, as those of a folder do, ones of a fixed permutation.
+    These are the first ones or, if the images are sorted by class, as in a folder, a fixed random choice.
     """
     if limit is None or limit >= len(labels):
         return images, labels
@@ -280,17 +280,17 @@ def some(images, labels, limit=None):
 
 
 class Batches:
-    """Batches of images that are resident on the device as uint8; augmented where there is a generator.
+    """Batches of images that are kept on the device as uint8; augmented if there is a generator.
 
     images: (N, H, W, C) uint8 and labels: (N,), as `load` gives them; chosen:
-    indices of those that take part, all where None.
+    indices of the images to use, all if None.
     Yields images (B, C, H, W) float, normalised, in memory as channels_last, and labels (B,) int64.
     With `generator` (on the same device) an epoch is shuffled, each sample is
-    cropped at its own place (reflect pad of 4) and, where `kind.flip`, mirrored
+    cropped at a random place (reflect padding of `pad`) and, if `kind.flip`, mirrored
     with probability 1/2, and an incomplete last batch is dropped. With `alternating`
-    each image is mirrored in every second `epoch`, beginning by its own draw (Jordan
-    2024, arXiv:2404.00498, section 3.6). Without a generator, all images come in
-    order, as they are.
+    each image is mirrored in every second `epoch`, the first one drawn at random
+    (Jordan 2024, arXiv:2404.00498, section 3.6). Without a generator, all images come
+    in order, without augmentation.
     """
 
     def __init__(self, images, labels, batch_size, kind, device="cpu", generator=None, pad=4, chosen=None,
@@ -330,11 +330,11 @@ class Batches:
         return images / self.scale - self.shift
 
     def augment(self, indices):
-        """Training images as this step sees them, (N, H, W, C): moved and mirrored, each by its own draw."""
+        """Return training images, (N, H, W, C), each shifted and mirrored at random, or as one of its stored views."""
         return self.moved(indices, *(self.draw_moves(indices) if self.views is None else self.draw_views(indices)))
 
     def draw_moves(self, indices):
-        """(rows, columns, mirrored) for each image, all (N, 1): how far its crop is off, and whether it is mirrored."""
+        """Draw (rows, columns, mirrored), all (N, 1): the crop's shift in pixels, and whether an image is mirrored."""
         def draw(below):
             return torch.randint(below, (len(indices), 1), generator=self.generator, device=indices.device)
         rows, columns = draw(2 * self.pad + 1) - self.pad, draw(2 * self.pad + 1) - self.pad
@@ -343,13 +343,13 @@ class Batches:
         return rows, columns, draw(2) if self.sides is None else (self.sides[indices] + self.epoch) % 2
 
     def draw_views(self, indices):
-        """The same, of one of the views that a teacher was asked about; `answer` holds what it said of each."""
+        """Draw a stored view of each image, in the form of `draw_moves`; `answer` gets the teacher's logits for it."""
         number = torch.randint(self.views.shape[1], (len(indices),), generator=self.generator, device=indices.device)
         self.answer = self.answers[indices, number].float()
         return self.views[indices, number].long().T.unsqueeze(-1)
 
     def moved(self, indices, rows, columns, mirrored):
-        """Images cropped and mirrored in one gather, (N, H, W, C); rows, columns, mirrored: of `draw_moves`."""
+        """Crop and mirror images in one gather, (N, H, W, C); rows, columns, mirrored: from `draw_moves`."""
         height, width = self.images.shape[1:3]
         rows = reflect(torch.arange(height, device=indices.device) + rows, height)
         columns = reflect(torch.arange(width, device=indices.device) + columns, width)
@@ -358,7 +358,7 @@ class Batches:
 
 
 def check_batch_fits(batch_size, count):
-    """ValueError where a training batch is larger than the set, which would then have no whole batch."""
+    """Raise ValueError if a training batch is larger than the set, which would then have no whole batch."""
     if batch_size > count:
         raise ValueError(f"batch size {batch_size} is larger than the {count:,} training images; "
                          f"at most {count:,} fits")
@@ -387,7 +387,7 @@ class Split(torch.utils.data.Dataset):
 
 
 def loaders(data, dataset, batch_size=32, workers=0, limit=None):
-    """DataLoaders of training (augmented), validation and test images, for a loop of one's own.
+    """DataLoaders of training (augmented), validation and test images, for a loop of your own.
 
     The same splits as `split`; pad 4, random crop, mirror and normalise with
     torchvision's transforms. Shuffling draws from torch's global generator.

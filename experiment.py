@@ -1,11 +1,11 @@
-"""A run: from flags to a network that is ready to train, and from there to files and back.
+"""A training run: set up from its flags, ready to train, saved to files and restored from them.
 
     run = start(__file__, "what the script does", table_of_settings, recipes, argv)
     ...                                        # train.fit and pruning change it
     save(run); finish(run)
 
-`Run` holds everything that a checkpoint holds; `state_of` and `restore` turn one
-into the other. Nothing here trains: the loop is `fit` in train.py.
+`Run` holds everything that a checkpoint holds; `state_of` turns it into a checkpoint's
+dictionary, `restore` does the reverse. The training loop is not here but in train.py (`fit`).
 """
 import copy
 import csv
@@ -51,7 +51,7 @@ from set_pruning_train import (
 from set_quantization_train import after_step, evaluation_weights
 from set_resizing_train import check_resize, share_of_work
 
-# {name: module} of the files set_<name>_train.py; a function of that name in one is what MIXING = "<name>" calls
+# {name: module} of the files set_<name>_train.py; MIXING = "<name>" calls the function <name> of that module
 TECHNIQUES = {path.stem[len("set_"):-len("_train")]: importlib.import_module(path.stem)
               for path in sorted(Path(__file__).resolve().parent.glob("set_*_train.py"))}
 MIXINGS = {name: function for name, module in TECHNIQUES.items()
@@ -63,7 +63,7 @@ TABLES = [networks.SETTINGS, schedules.SETTINGS,
 
 @dataclass
 class Run:
-    """A run in progress: everything that a checkpoint holds, and where it trains."""
+    """A run in progress: everything that a checkpoint holds, with its device, data and output folder."""
 
     settings: dict
     out: Path
@@ -73,56 +73,56 @@ class Run:
     generator: torch.Generator
     train: object
     validation: object
-    calibration: object = None    # training images as they are, for batch norm's statistics
+    calibration: object = None    # training images without augmentation, for batch norm's statistics
     masks: dict = field(default_factory=dict)
     history: list = field(default_factory=list)
     round: int = 0
     epoch: int = 0
-    pflop: float = 0.0            # operations so far, see engine/operations.py; None where a run is older than that
-    counted: dict = field(default_factory=dict)      # {shape: multiply-adds of one image} in this epoch
-    planned: int = 0              # training images when it began, which decide on compiling and on arithmetic
+    pflop: float = 0.0            # operations so far, see engine/operations.py; None for a run older than this count
+    counted: dict = field(default_factory=dict)      # {shape: multiply-adds of one image}, for this epoch
+    planned: int = 0              # training images of the run as it began; compiling and arithmetic depend on it
     average: torch.nn.Module = None
     averaged: tuple = None        # the tensors of average and model in pairs, see `average_pairs`
-    masked: tuple = None          # masks and the tensors that they are for, see `masked_weights`
+    masked: tuple = None          # masks and the tensors they apply to, see `masked_weights`
     optimizer: torch.optim.Optimizer = None
-    finite_steps: torch.Tensor = None     # on CUDA: the steps of this epoch before the first that was not finite
+    finite_steps: torch.Tensor = None     # on CUDA: number of steps in this epoch before the first non-finite one
     schedule: object = None
     forward: object = None        # the model, or the model compiled
     dtype: torch.dtype = torch.float32    # arithmetic of forward and backward passes
-    computed: str = None          # arithmetic when it began, of a run that goes on
-    compiled: bool = None         # whether its steps are; of one that goes on whether they were
-    form: str = None              # of its grouped convolutions, see `compiling.compute_as`
+    computed: str = None          # of a resumed run: the arithmetic it began with
+    compiled: bool = None         # whether its training steps are compiled; of a resumed run, whether they were
+    form: str = None              # how its grouped convolutions compute, see `compiling.compute_as`
     layout: torch.memory_format = torch.contiguous_format     # of images and weights in memory
     teacher: torch.nn.Module = None
     teacher_sha256: str = None
-    pictures_sha256: str = None   # of one's own pictures and their classes, in order; None of the other data sets
-    board: object = None          # TensorBoard's writer, from the first row that is written
+    pictures_sha256: str = None   # of the user's own pictures and their classes, in order; None for other data sets
+    board: object = None          # TensorBoard's writer, created with the first row that is written
     search: dict = None           # what MorphNet's penalty needs, in a round that searches
-    made: list = None             # folders made for it, until its first step; None: not to be given back
-    kind: object = None           # `cifar10.Kind` of its images, as they were when they were loaded
+    made: list = None             # folders created for it, removed if it fails before its first step; then None
+    kind: object = None           # `cifar10.Kind` of its images when they were loaded
 
     def __post_init__(self):
         self.kind = self.kind or cifar10.kind_of(self.settings["dataset"])
 
     @property
     def arithmetic(self):
-        """What forward and backward passes compute in, for people: "float32" or "bfloat16"."""
+        """Data type of the forward and backward passes as text: "float32" or "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def measuring_dtype(self):
-        """Arithmetic of measuring passes: float32 with few bits, whose sums of integers are exact there, as in use."""
+        """Data type of evaluation passes: float32 for quantized networks, where it keeps integer sums exact."""
         return torch.float32 if self.settings["weights"] == "lsq" else self.dtype
 
 
 # ---- before the first step
 
 def start(script, description, table, recipes, argv):
-    """The run that flags and technique lines ask for, fresh or resumed; None after --dry-run.
+    """The run that flags and technique lines ask for, new or resumed; None after --dry-run.
 
-    Flags come over the recipe, the recipe over technique lines, lines over the
-    defaults of `table`, of engine/settings.py; a resumed run keeps what it was
-    started with. recipes: {name: settings}.
+    Flags override the recipe, the recipe overrides technique lines, and these override
+    the defaults in `table` (see engine/settings.py); a resumed run keeps the settings it
+    was started with. recipes: {name: settings}.
     """
     lines = commandline.lines_of(script, table)
     given, state = vars(commandline.training_parser(description, table).parse_args(argv)), None
@@ -131,10 +131,10 @@ def start(script, description, table, recipes, argv):
     if given.get("resume"):
         given["out"], state = folders.state_to_resume(given, Path(script).name)
         cycle = given.get("cycle") or state["settings"].get("cycle")
-        if state["settings"].get("pruning") == "l1_cycle" and cycle and Path(cycle).exists():      # another one by now?
+        if state["settings"].get("pruning") == "l1_cycle" and cycle and Path(cycle).exists():      # it may have changed
             given["cycle_settings"] = filter_pruning.read_given(cycle)
         settings = to_resume(table, state, lines, as_joined(table, state["settings"], given))
-        if settings["tensorboard"] and not given.get("tensorboard"):      # it may have gone since
+        if settings["tensorboard"] and not given.get("tensorboard"):      # its package may be gone
             with files.noted():
                 settings["tensorboard"] = False
                 board.check(True)
@@ -157,13 +157,13 @@ def start(script, description, table, recipes, argv):
 
 
 def fresh_settings(script, table, lines, recipes, given):
-    """The settings of a run that begins, before they are checked."""
+    """The settings of a new run, before they are checked."""
     settings = {**defaults_of(table), **lines, **recipes.get(given.get("recipe"), {}), **given, "lines": lines,
                 "script": Path(script).name}
-    check_each(table, settings, ["epochs"])                  # which are summed up where one round has all
+    check_each(table, settings, ["epochs"])                  # `join_rounds` may add them up
     settings["sparsity"] = [pruning.check_sparsity(value) for value in settings["sparsity"]]
     settings["cycle_settings"] = filter_pruning.read_given(settings["cycle"] or {})
-    if settings["pruning"] != "l1_cycle":      # --cycle changes nothing then
+    if settings["pruning"] != "l1_cycle":      # --cycle has no effect then
         settings["cycle_settings"] = {}
     join_rounds(settings, "sparsity" in given)
     return settings
@@ -195,7 +195,7 @@ def tell_idle(run, table, given):
 
 
 def check_settings(table, settings):
-    """ValueError for the first setting that its table refuses, or that does not fit another one of its technique."""
+    """ValueError for the first setting that its table refuses, or that contradicts another one of its technique."""
     check(table, settings)
     board.check(settings["tensorboard"])
     for module in TECHNIQUES.values():
@@ -203,10 +203,10 @@ def check_settings(table, settings):
 
 
 def prepare(settings, state, forced=False):
-    """A `Run` with its data loaded and its network built; what can be known before training is checked here.
+    """A `Run` with its data loaded and its network built; checks all that can be checked before training.
 
-    forced: --force is given now, not when the run began: it goes on with pictures or a teacher that have changed.
-    Nothing is written, but where a run goes on what a killed save left is removed.
+    forced: --force is given now, not when the run began: it continues with pictures or a teacher that have changed.
+    Writes nothing, but removes the partial files that a killed save left in the folder of a resumed run.
     """
     name = f"runs/{Path(settings['dataset']).resolve().name}-{settings['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(parallel.agreed(settings["out"] or name))
@@ -245,7 +245,7 @@ def prepare(settings, state, forced=False):
         begin_bits(model, architecture["bits"], calibration if state is None else None)
     run = Run(settings, out, device, architecture, model, generator, train, validation, calibration, kind=kind,
               forward=model, pictures_sha256=pictures)
-    if settings["recipe"] != "published":       # which trains on a CPU as it did
+    if settings["recipe"] != "published":       # which keeps torch's default layout
         run.layout = torch.channels_last
     if device.type != "cpu" or settings["recipe"] != "published":
         compiling.set_up(device)
@@ -254,7 +254,7 @@ def prepare(settings, state, forced=False):
         run.teacher = load_teacher(settings["teacher"], settings["dataset"], kind, device, settings["force"]).to(
             memory_format=run.layout)
         run.teacher_sha256 = files.sha256_of(settings["teacher"])
-        began = (state or {}).get("teacher")              # a run may be older than that
+        began = (state or {}).get("teacher")              # absent in older runs
         if began not in (None, run.teacher_sha256):
             refuse_changes(f"the teacher in {settings['teacher']} is not the one that the run in {out} began with",
                            forced)
@@ -265,7 +265,7 @@ def prepare(settings, state, forced=False):
 
 
 def check_training(run):
-    """ValueError for what a step, or the pruning after a round, would fail at."""
+    """ValueError where a training step, or the pruning after a round, would fail."""
     settings, shape = run.settings, image_shape(run.kind)
     sides = {settings["resize"] or shape[1], shape[1]}
     for side in sorted(sides):
@@ -274,9 +274,9 @@ def check_training(run):
 
 
 def lay_out(run):
-    """Give the network of `run` and its average the run's memory layout and form; again after layers have changed.
+    """Give the network of `run` and its average the run's memory layout and form; call it again when layers change.
 
-    That may move weights, even those that lay so (of one input and one pixel, whose layout is ambiguous).
+    This may reallocate weights, even some in that layout already (1x1 filters of one input, whose layout is ambiguous).
     """
     for model in (run.model, run.average):
         if model is not None:
@@ -286,10 +286,10 @@ def lay_out(run):
 
 
 def make_batches(data, kind, settings, device, generator):
-    """Batches of training, of validation, and of 5,000 training images as they are, for batch norm's statistics.
+    """Batches for training, for validation, and of 5,000 training images without augmentation, for batch norm.
 
-    With --all-images the validation images are trained on, too, and what is measured on them says nothing.
-    The published recipe takes torchvision's transforms and a DataLoader for the first two.
+    With --all-images the network also trains on the validation images, so its accuracy on them means nothing.
+    The published recipe uses torchvision's transforms and a DataLoader for the first two.
     """
     train, validation = cifar10.split(data, limit=settings["limit"])
     calibration = cifar10.Batches(data.x_train, data.y_train, 500, kind, device, chosen=train[:5_000])
@@ -305,13 +305,13 @@ def make_batches(data, kind, settings, device, generator):
 
 
 def announce(run):
-    """Compile where it pays, say what will run and for about how long, write config.json."""
+    """Compile where it pays, print what will run and for about how long, write config.json."""
     settings = run.settings
     height, width, channels = run.kind.shape
     shape = (settings["batch_size"], channels, height, width)
     images = len(run.train) * settings["batch_size"]
     done, whole = len(run.history), sum(settings["epochs"])
-    # as when it began, also on resuming: compiled steps, and those in bfloat16, differ from others
+    # a resumed run keeps the number it began with: compiling and bfloat16, chosen by it, change the results
     run.planned = run.planned or whole * images
     alone = parallel.ranks() == 1
     speed, how = choose_computing(run, settings["compile"] if alone else "off", run.planned, shape, lay_out)
@@ -332,19 +332,19 @@ def announce(run):
     if settings["dry_run"]:
         print(json.dumps(settings, indent=1))
     elif parallel.leads():
-        if run.optimizer is None:         # it begins
+        if run.optimizer is None:         # a new run
             run.made = folders.take(run.out)
         run_files.write_config(run, run_files.sources_of(Path(__file__).resolve().parent))
 
 
 def measured_images(run):
-    """How many images an epoch of `run` measures; of the published recipe all training ones and validation twice."""
+    """Images that `run` evaluates in an epoch; with the published recipe all training images and validation twice."""
     count = len(run.validation.chosen if isinstance(run.validation, cifar10.Batches) else run.validation.dataset)
     return 2 * count + len(run.train.dataset) if run.settings["recipe"] == "published" else count
 
 
 def begin_round(run, moved=None):
-    """A fresh optimizer, schedule and weight average for the round that `run` stands at; moved: by Muon, if known."""
+    """Give `run` a new optimizer, schedule and weight average for its round; moved: names of Muon's weights or None."""
     settings, steps = run.settings, run.settings["epochs"][run.round] * len(run.train)
     run.optimizer = make_optimizer(run.model, settings, moved)
     for group in run.optimizer.param_groups:
@@ -360,13 +360,13 @@ def begin_round(run, moved=None):
 
 
 def look_up(run):
-    """Look up the tensors that each step averages and masks; again where others were put in place, see `lay_out`."""
+    """Look up the tensors that each step averages and masks; call it again when they were replaced, see `lay_out`."""
     run.averaged = average_pairs(run.average, run.model) if run.average is not None else None
     run.masked = None
 
 
 def masked_weights(run):
-    """(weights, masks as numbers): two lists, looked up once for each dictionary that is put into `run.masks`."""
+    """(weights, masks as numbers): two lists, looked up again only when `run.masks` is another dictionary."""
     if run.masked is None or run.masked[0] is not run.masks:
         run.masked = run.masks, *pruning.mask_pairs(run.model, run.masks)
     return run.masked[1:]
@@ -375,7 +375,7 @@ def masked_weights(run):
 # ---- files
 
 def state_of(run):
-    """Everything that continues `run` bit for bit, as plain types and tensors."""
+    """Everything needed to resume `run` bit for bit, as plain types and tensors."""
     return {**checkpoint.network_of(run.model, run.architecture), "settings": run.settings,
             "kind": cifar10.plain(run.kind),
             "masks": run.masks, "round": run.round, "epoch": run.epoch, "planned": run.planned, "form": run.form,
@@ -388,7 +388,7 @@ def state_of(run):
 
 
 def restore(run, state):
-    """Put a state of `state_of` back into a freshly prepared run."""
+    """Restore a newly prepared run to a state from `state_of`."""
     try:
         checkpoint.load_weights(run.model, run.architecture, state)
     except ValueError as problem:
@@ -408,9 +408,9 @@ def restore(run, state):
 
 
 def save(run):
-    """history.csv, then last.pt with the one before it kept as previous.pt, then what TensorBoard reads.
+    """Write history.csv, then last.pt (the old one is kept as previous.pt), then TensorBoard's files.
 
-    Of several processes one writes.
+    With several processes only rank 0 writes.
     """
     if not parallel.leads():
         return
@@ -421,13 +421,13 @@ def save(run):
     files.write(run.out / "history.csv", table.getvalue().encode())
     checkpoint.save(run.out / "last.pt", state_of(run), run.out / "previous.pt")
     if run.settings["tensorboard"]:
-        with files.noted():              # history.csv has it all
+        with files.noted():              # history.csv holds the same
             run.board = run.board or board.opened(run.out / "tensorboard", len(run.history))
             board.add(run.board, run.history[-1])
 
 
 def finish(run):
-    """Write the result, runs/<name>/model.pt: the weights with their architecture."""
+    """Write the result, runs/<name>/model.pt: the weights and their architecture."""
     if not parallel.leads():
         return
     with evaluation_weights(run.model, run.settings["weights"], run.settings["binary_scale"], run.masks):

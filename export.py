@@ -1,14 +1,19 @@
-"""Write a trained network for use elsewhere: `python export.py --checkpoint runs/a/model.pt --out a.pt.gz`.
+"""Export a trained network to a file: `python export.py --checkpoint runs/a/model.pt --out a.pt.gz`.
 
-The end of --out says what is written: .packed.gz, a network of few bits as integers packed to their bits, which
-test.py and profil.py read like any checkpoint and compute with in integers; .pt.gz, a compact file (half precision or
-one bit a weight, zeros one bit each, compressed), which test.py and profil.py read like any checkpoint; .int8.pt.gz,
-the same with weights of 8 bits; .safetensors, float32 with the structure in its metadata, which they read too; .onnx,
-float32; .w8.onnx, with weights stored in 8 bits and computed in float32; .int8.onnx, computed in 8-bit integers,
-calibrated on training images.
-Channels that pruning has cut off are removed first, exactly. What was written is
-read back and compared with the network on the test images before the command
-reports success. Every file names its data set, its classes, and the form, mean and std of its images.
+The end of --out chooses the format:
+
+    .packed.gz      a quantized network, its integers packed to their bits and computed in integer arithmetic
+    .pt.gz          a compact file: half precision or one bit a weight, zeros one bit each, compressed
+    .int8.pt.gz     the same with weights of 8 bits
+    .safetensors    float32, with the structure in the metadata
+    .onnx           float32
+    .w8.onnx        weights stored in 8 bits, computed in float32
+    .int8.onnx      computed in 8-bit integers, calibrated on training images
+
+test.py and profil.py read the first four like any checkpoint. Dead channels, which pruning has cut off, are removed
+first, which does not change the outputs. The file is read back and compared with the network on the test images
+before the command reports success. Every file names its data set, its classes, and the shape, mean and std of its
+images.
 """
 import engine.interrupts  # isort: skip  # noqa: F401
 import contextlib
@@ -30,12 +35,12 @@ EIGHT_BITS = (".int8.pt.gz", ".int8.onnx", ".w8.onnx")
 
 
 def export(model, state, target, data=None):
-    """Write a network, as `load_network` gives it, to `target` and read it back; its dead channels leave, in place.
+    """Write a network, as `load_network` gives it, to `target` and read it back; removes its dead channels in place.
 
-    data: `cifar10.Data` of its data set, needed for .int8.onnx alone. Returns (a
-    function from images to logits that reads the file, channels removed). Raises
-    ValueError for another ending, one that is not for this network, or where half
-    precision overflows; RuntimeError where a weight that was read back is not what
+    data: `cifar10.Data` of its data set, needed for .int8.onnx only. Returns (a function
+    from images to logits, loaded from the file; the number of channels removed). Raises
+    ValueError for an unknown ending, one that does not suit this network, or where half
+    precision overflows; RuntimeError where a weight that was read back differs from what
     was written.
     """
     ending = ending_of(target)
@@ -63,7 +68,7 @@ def export(model, state, target, data=None):
 
 
 def write_onnx(model, ending, target, kind, about, data):
-    """Write a network as the ONNX file that `ending` says, whole or not at all; see `export`."""
+    """Write a network as the kind of ONNX file that `ending` names, whole or not at all; see `export`."""
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "network.onnx"
         onnx_files.write_onnx(model, plain, (kind.shape[-1], *kind.shape[:2]), about)
@@ -76,7 +81,7 @@ def write_onnx(model, ending, target, kind, about, data):
 
 
 def ending_of(target):
-    """Which of FORMATS the name of a file ends in; ValueError where none."""
+    """The entry of FORMATS that a file's name ends in; ValueError if there is none."""
     ending = next((ending for ending in FORMATS if str(target).endswith(ending)), None)
     if ending is None:
         raise ValueError(f"{target}: it must end in one of {', '.join(FORMATS)}")
@@ -84,7 +89,7 @@ def ending_of(target):
 
 
 def refuse_ending(ending, model, state):
-    """ValueError where a network of this kind is not written in this form."""
+    """ValueError where a network of this kind cannot be written in this format."""
     if "integers" in state:
         raise ValueError("the network is packed: its integers are what ships; export from the model.pt it came from")
     if ending in EIGHT_BITS and quantization.bits_of(model):
@@ -94,21 +99,21 @@ def refuse_ending(ending, model, state):
 
 
 def refuse_difference(target, written, expected):
-    """RuntimeError that names the first tensor read from the file which is not as expected, to the bit."""
+    """RuntimeError that names the first tensor in the file that is not bit for bit as expected."""
     for name, tensor in expected.items():
         if not torch.equal(written[name], tensor):
             raise RuntimeError(f"{target} does not hold {name} as it was written")
 
 
 def calibration(data, kind, images=512):
-    """Batches of training images, as they are, to find the ranges of activations with."""
+    """Batches of training images without augmentation, for finding the ranges of the activations."""
     chosen = cifar10.split(data, limit=images)[0]
     return (batch for batch, _ in cifar10.Batches(data.x_train, data.y_train, 128, kind, chosen=chosen))
 
 
 @torch.no_grad()
 def compare(model, forward, batches):
-    """(largest difference of a logit, predictions that changed, images) of two functions over batches of images."""
+    """(largest difference of a logit, number of changed predictions, number of images) between two functions."""
     largest, changed, count = 0.0, 0, 0
     for images, _ in batches:
         ours, theirs = model(images), forward(images)
@@ -122,7 +127,7 @@ def compare(model, forward, batches):
 
 @contextlib.contextmanager
 def room_for(target):
-    """A block that writes `target`, in a folder that is made; folders made leave again where the block fails."""
+    """A block that writes `target`; its folder is created first, and removed again if the block fails."""
     made = [folder for folder in target.absolute().parents if not folder.exists()]
     try:
         if target.is_dir():
@@ -130,7 +135,7 @@ def room_for(target):
         cifar10.check_folder(target.parent)
         yield
     except BaseException:
-        with contextlib.suppress(OSError):       # one that holds something stays
+        with contextlib.suppress(OSError):       # a folder that is not empty is kept
             for folder in made:
                 folder.rmdir()
         raise
@@ -142,10 +147,10 @@ def parse(argv):
     parser.add_argument("--checkpoint", help="a run's folder, model.pt or last.pt (the newest run's, "
                         "else the ResNet-18 that ships)")
     parser.add_argument("--out", required=True, help=f"the file to write; it ends in {', '.join(FORMATS)}")
-    parser.add_argument("--dataset", type=cifar10.named, help="its images, where they are not as the checkpoint says")
+    parser.add_argument("--dataset", type=cifar10.named, help="data set to test on (the one named in the checkpoint)")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
-    parser.add_argument("--limit", type=int, help="compare on so many test images (all)")
-    parser.add_argument("--no-compare", action="store_true", help="without test images, so without their data set")
+    parser.add_argument("--limit", type=int, help="number of test images to compare on (all)")
+    parser.add_argument("--no-compare", action="store_true", help="no comparison; only .int8.onnx needs the data set")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     if arguments.limit is not None and arguments.limit < 1:
@@ -155,7 +160,7 @@ def parse(argv):
 
 
 def main(argv):
-    """Export one checkpoint and compare."""
+    """Export one checkpoint and compare the file with it."""
     arguments = parse(argv)
     source, target = find_checkpoint(arguments.checkpoint), Path(arguments.out)
     checkpoint.refuse_same(source, target, "--out")

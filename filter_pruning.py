@@ -1,15 +1,15 @@
-"""Structured pruning: weak neurons and filters go to zero and leave the network.
+"""Structured pruning: weak neurons and filters are shrunk to zero and removed from the network.
 
-    keep = relative_reduce_layer(layer, 0.1)          # weak outputs go to zero: which stay
-    shrink_layer(layer, keep_indexes_output=keep)     # the layer without the others
+    keep = relative_reduce_layer(layer, 0.1)          # shrinks outputs; returns those that are not zero
+    shrink_layer(layer, keep_indexes_output=keep)     # removes the others
     shrink_layer(next_layer, keep_indexes_input=keep)
 
 Zhou, Alvarez and Porikli 2016, "Less is more: towards compact CNNs", equation 1:
-after an epoch every neuron (a row of a linear layer, a filter of a convolution)
-is shortened by a threshold, and those at zero are removed, so that training gets
-faster too. These functions fit into any loop; `reduce_network` does a whole
-network of this project. `Pruner` is the other way round: it removes the filters
-of smallest L1 norm, fine-tunes, and goes on while the validation loss allows it.
+after an epoch the norm of every neuron (a row of a linear layer, a filter of a
+convolution) is reduced by a threshold, and those at zero are removed, so that training
+gets faster too. These functions fit into any loop; `reduce_network` handles a whole
+network of this project. `Pruner` works by another criterion: it removes the filters of
+smallest L1 norm, fine-tunes, and repeats while the validation loss stays within a limit.
 """
 import math
 import time
@@ -30,19 +30,19 @@ from engine.shrinking import (  # noqa: F401  (published together)
     trained_spaces,
 )
 
-SHRINKING = ("filters", "l1_cycle", "morphnet")      # of the lines PRUNING, those by which whole channels leave
+SHRINKING = ("filters", "l1_cycle", "morphnet")      # values of PRUNING that remove whole channels
 SETTINGS = only("pruning", ("filters",), {
-    "filter_threshold": Setting(0.1, "how much shorter a filter gets: a share of its layer's longest, or a norm",
+    "filter_threshold": Setting(0.1, "what is taken off a filter's norm: a share of its layer's largest, or a norm",
                                 low=0),
-    "filter_relative": Setting(True, "threshold by layer"),
-    "filter_columns": Setting(False, "weights that read a channel count"),
-    "filter_measure": Setting("filter", "what is shortened: the filter, or the neuron that batch norm makes of it",
+    "filter_relative": Setting(True, "the threshold is a share of each layer's largest norm"),
+    "filter_columns": Setting(False, "use the weights that read a channel instead of its filter"),
+    "filter_measure": Setting("filter", "what is shrunk: the filter, or the neuron, a filter with its batch norm",
                               choices=("filter", "neuron"),
                               clashes=((("neuron",), "filter_columns", (True,), "which count what reads a neuron"),)),
-    "filter_one_layer": Setting(False, "one layer at a time, in turn"),
+    "filter_one_layer": Setting(False, "remove filters from one layer at a time, in turn"),
     "filter_interval": Setting(2, "epochs from one removal to the next", low=1),
-    "filter_stop": Setting(0.6, "share of the training after which filters stay", low=0, high=1),
-    "filter_until": Setting(0, "parameters at which they stay, should the network have no more sooner", low=0),
+    "filter_stop": Setting(0.6, "share of the training after which no more filters are removed", low=0, high=1),
+    "filter_until": Setting(0, "remove no more filters once the network has at most so many parameters", low=0),
     "cycle": Setting(None, "settings of the L1 cycle, see filter_pruning.CYCLE", form=str, shown="JSON", fixed=True,
                      only=(("pruning", ("l1_cycle",)),)),
     "cycle_settings": Setting({}, only=(("pruning", ("l1_cycle",)),)),
@@ -51,13 +51,13 @@ SETTINGS = only("pruning", ("filters",), {
 })
 
 
-# ---- for a loop of one's own: weak outputs go to zero
+# ---- for a loop of one's own: weak outputs are shrunk to zero
 
 @torch.no_grad()
 def absolute_reduce(weights, threshold, norm):
     """w <- max(||w|| - threshold, 0) w / ||w|| for each output, in place: equation 1.
 
-    weights: (N, ...), one output a row; norm: (N,), the L2 norm of each. Returns
+    weights: (N, ...), one row per output; norm: (N,), the L2 norm of each row. Returns
     the outputs to keep, those that are not zero, as a LongTensor. ValueError for a
     threshold below 0 or weights that are not finite.
     """
@@ -72,15 +72,15 @@ def absolute_reduce(weights, threshold, norm):
 
 
 def relative_reduce(weights, threshold_ratio, norm):
-    """`absolute_reduce` with the threshold at a share in [0, 1) of the largest norm, so that no layer can vanish."""
+    """`absolute_reduce` with a threshold relative to the largest norm, a ratio in [0, 1): no layer can vanish."""
     if not 0 <= threshold_ratio < 1:
         raise ValueError(f"threshold ratio {threshold_ratio} is outside [0, 1)")
     if not len(norm):
         return absolute_reduce(weights, 0.0, norm)
-    largest = norm.max()                  # a ratio near 1 must not round up to it
+    largest = norm.max()                  # a ratio near 1 must not be rounded up to it
     below = torch.nextafter(largest, torch.zeros_like(largest)).item()
     keep = absolute_reduce(weights, min(threshold_ratio * largest.item(), below), norm)
-    return keep if len(keep) else norm.argmax().view(1)            # of a layer of zeros
+    return keep if len(keep) else norm.argmax().view(1)            # in a layer of zeros
 
 
 def relative_reduce_1D(weights, threshold_ratio):      # noqa: N802  (the published name)
@@ -94,7 +94,7 @@ def relative_reduce_2D(weights, threshold_ratio):      # noqa: N802
 
 
 def relative_reduce_layer(layer, threshold_ratio):
-    """`relative_reduce` of a linear layer or a convolution; which of the two, its weight tells."""
+    """`relative_reduce` of a linear layer or a convolution, told apart by the dimensions of the weight."""
     weights = layer.weight.detach()
     reduce = {2: relative_reduce_1D, 4: relative_reduce_2D}.get(weights.dim())
     if reduce is None:
@@ -108,16 +108,16 @@ def relative_reduce_layer(layer, threshold_ratio):
 @torch.no_grad()
 def reduce_network(model, threshold, relative=True, columns=False, turn=None, average=None, optimizer=None,
                    masks=None, measure="filter"):
-    """Equation 1 on every hidden layer, then the channels at zero leave, physically.
+    """Apply equation 1 to every hidden layer, then physically remove the channels at zero.
 
-    threshold: an L2 norm, or with `relative` a share of the largest of each layer;
-    columns: the weights that read a channel count instead of those that make it
-    (reversed); measure: "neuron" counts a filter together with the batch norm behind
-    it, see `neurons`; turn: only one space, number `turn` modulo their count (layer by
-    layer). average, optimizer, masks: see `shrinking.remove`. A layer keeps a
-    channel at least, a layer of groups one in each and as many in all; what it must
-    keep stays as it is: at zero, batch norm would make its gradient immense. Returns
-    {space: (channels before, after, weak ones that had to stay)}.
+    threshold: an L2 norm, or with `relative` a share of the largest norm of each layer;
+    columns: use the weights that read a channel instead of those that make it; measure:
+    "neuron" takes a filter together with the batch norm after it, see `neurons`; turn: reduce
+    only one space, number `turn` modulo their count (layer by layer). average, optimizer,
+    masks: see `shrinking.remove`. A layer keeps at least one channel; a grouped layer keeps at
+    least one in each group, and the same number in all. Weak channels that must be kept are not
+    shrunk: at zero, batch norm would make their gradient extremely large. Returns {space:
+    (channels before, channels after, weak ones that were kept)}.
     """
     spaces, found = trained_spaces(model), {}
     if measure == "neuron":
@@ -143,7 +143,7 @@ def reduce_network(model, threshold, relative=True, columns=False, turn=None, av
 
 
 def shorten(parts, limit, norms, held):
-    """Equation 1 on a layer's `parts`, (channels, weights) each, in place; the channels `held` stay as they are.
+    """Apply equation 1 to a layer's `parts`, pairs (channels, weights), in place; leave the channels `held` unchanged.
 
     limit: the threshold; norms: (C,); held: (C,) bool.
     """
@@ -155,7 +155,7 @@ def shorten(parts, limit, norms, held):
 
 
 def refuse_fixed_scales(model):
-    """ValueError where batch norm's scales do not train: what `neurons` shortens could never grow again."""
+    """ValueError where batch norm's scales are not trained: those that `neurons` shrinks could never grow again."""
     fixed = shrinking.fixed_scale(model, trained_spaces(model))
     if fixed:
         raise ValueError(f"--filter-measure neuron shortens batch norm's scales, and those of {fixed} are fixed; take "
@@ -163,18 +163,18 @@ def refuse_fixed_scales(model):
 
 
 def neurons(norm):
-    """([(channels, what equation 1 shortens)], (C,) gains) of the batch norm behind a layer.
+    """([(channels, parameters that equation 1 shrinks)], (C,) gains) of the batch norm after a layer.
 
-    A filter w before batch norm may have any length; what its neuron sends on is
-    gamma / sigma (w x - mean) + beta. So its norm is |gamma| / sigma times that of w,
-    and equation 1 shortens gamma and beta, which leaves of the neuron exactly that share.
+    The norm of a filter w before batch norm says nothing: the output of its neuron is
+    gamma / sigma (w x - mean) + beta. So the neuron's norm is |gamma| / sigma times that of w,
+    and equation 1 is applied to gamma and beta, which scales the neuron's output by the same factor.
     """
     gains = (norm.weight.abs() / (norm.running_var + norm.eps).sqrt()).float().cpu()
     channels = torch.arange(len(gains))
     return [(channels, norm.weight), (channels, norm.bias)], gains
 
 
-# ---- the L1 filter cycle: prune, fine-tune, evaluate, as long as the loss allows
+# ---- the L1 filter cycle: prune, fine-tune, evaluate, while the loss is within the limit
 
 CYCLE = {
     "input_model_path": Setting(None, form=str), "output_model_path": Setting(None, form=str),
@@ -182,11 +182,11 @@ CYCLE = {
     "pruning_percent_step": Setting(0.05, low=0, high=1), "pruning_standard_deviation_part": Setting(0.2, low=0),
     "layers": Setting(None, form=str, many="+"), "round_to": Setting(1, low=1),
 }
-SPELLINGS = {"pruning_standart_deviation_part": "pruning_standard_deviation_part"}       # as it was published
+SPELLINGS = {"pruning_standart_deviation_part": "pruning_standard_deviation_part"}       # the published spelling
 
 
 def read_given(config):
-    """The settings in a dictionary or a JSON file, those alone, under their right names; ValueError for a wrong one."""
+    """The settings given in a dictionary or a JSON file, without defaults, under their right names; or ValueError."""
     try:
         given = config if isinstance(config, dict) else files.parse_json(Path(config).read_text())
         named = {SPELLINGS.get(name, name): value for name, value in given.items()}
@@ -204,7 +204,7 @@ def read_given(config):
 
 
 def check_files(settings, out, begins):
-    """ValueError where a run would write over a file that it reads, or has nowhere to write its result to."""
+    """ValueError where a run would overwrite a file that it reads, or cannot write its result."""
     cycle = settings["cycle_settings"]
     weights = cycle.get("input_model_path")
     first = {"--start": settings["start"], "--cycle": settings["cycle"],
@@ -225,11 +225,11 @@ def check_files(settings, out, begins):
 class Pruner:
     """Removes the filters of smallest L1 norm step by step, until the validation loss exceeds `stop_loss`.
 
-    config: a dictionary or the path of a JSON file, see `CYCLE`. Each step
-    takes from every layer at most the share `pruning_percent_step` of its filters
-    (so none from a layer of fewer than its inverse), and only filters whose norm
-    is below mean - pruning_standard_deviation_part * standard deviation. layers:
-    names, all hidden ones where None; round_to: widths stay multiples of it.
+    config: a dictionary or the path of a JSON file, see `CYCLE`. Each step removes from
+    every layer at most the share `pruning_percent_step` of its filters (none from a layer of
+    fewer than 1 / `pruning_percent_step`), and only filters whose norm is below
+    mean - pruning_standard_deviation_part * standard deviation. layers: names, or None for all
+    hidden layers; round_to: widths stay multiples of it.
     """
 
     def __init__(self, config):
@@ -237,13 +237,13 @@ class Pruner:
         self.history = []
 
     def prune(self, model, finetune, evaluate, save=None, plots=None, **companions):
-        """The cycle, in place. Returns its history: a dictionary of size, loss, seconds a step, the first before any.
+        """Run the cycle on `model`, in place. Returns its history, a dictionary per step; row 0 is before any removal.
 
         finetune(model, epochs) trains; evaluate(model) gives the validation loss;
-        save(model) keeps a model that is within the limit, by default a checkpoint's
-        weights at output_model_path; plots: a folder for norms-<step>.png.
-        companions: average, optimizer, masks of `shrinking.remove`. Ends when no
-        filter qualifies. ValueError where the limit is exceeded before any step.
+        save(model) stores a model that is within the limit, by default as a checkpoint at
+        output_model_path; plots: a folder for norms-<step>.png. companions: average,
+        optimizer and masks, see `shrinking.remove`. Also ends when no filter's norm is below
+        its limit. ValueError where the loss exceeds the limit before any step.
         """
         self.check(model)
         self.note(model, evaluate, time.perf_counter())
@@ -263,7 +263,7 @@ class Pruner:
         return self.history
 
     def step(self, model, average=None, optimizer=None, masks=None):
-        """One removal. Returns {layer: (filters before, after)} of the layers that changed; empty: none qualifies."""
+        """One removal. Returns {layer: (filters before, after)} of the layers that changed, empty if none did."""
         changed = {}
         for space in self.check(model):
             norms = l1_norms(model, space)
@@ -275,7 +275,7 @@ class Pruner:
         return changed
 
     def weak(self, norms):
-        """Which filters may leave in this step, (C,) bool."""
+        """Which filters may be removed in this step, (C,) bool."""
         lowest = norms.argsort()[:int(self.settings["pruning_percent_step"] * len(norms))]
         weak = torch.zeros(len(norms), dtype=torch.bool)
         weak[lowest] = norms[lowest] < limit_of(norms, self.settings)
@@ -284,7 +284,7 @@ class Pruner:
     def refuse_idle(self, model):
         """ValueError where no step can remove a filter of any layer, whatever the norms are.
 
-        A step takes a whole number of filters from each group of a layer and keeps its width a multiple of round_to.
+        A step removes the same number of filters from each group of a layer and keeps its width a multiple of round_to.
         """
         share, round_to = self.settings["pruning_percent_step"], self.settings["round_to"]
         widths = {space["name"]: len(model.get_submodule(space["name"]).weight) for space in self.check(model)}
@@ -298,11 +298,11 @@ class Pruner:
                          "in a step; raise the first, or lower the second")
 
     def norms(self, model):
-        """{layer: (C,) L1 norms of its filters}, of the layers that are pruned."""
+        """{layer: (C,) L1 norms of its filters} for the layers that are pruned."""
         return {space["name"]: l1_norms(model, space) for space in self.check(model)}
 
     def check(self, model):
-        """The channel spaces to prune; ValueError that names a layer which cannot be."""
+        """The channel spaces to prune; ValueError that names a layer which cannot be pruned."""
         if not hasattr(model, "channels"):
             raise ValueError(f"a {type(model).__name__} does not say which layers share channels: it needs channels()")
         spaces = {space["name"]: space for space in trained_spaces(model)}
@@ -319,12 +319,12 @@ class Pruner:
         return [space for name, space in spaces.items() if chosen is None or name in chosen]
 
     def note(self, model, evaluate, begun):
-        """A row of the history."""
+        """Append a row to the history."""
         self.history.append({"step": len(self.history), "parameters": sum(p.numel() for p in model.parameters()),
                              "loss": evaluate(model), "seconds": time.perf_counter() - begun})
 
     def save(self, model):
-        """The weights and widths at output_model_path, where there is one."""
+        """Save the weights and widths at output_model_path, if one is given."""
         if self.settings["output_model_path"]:
             checkpoint.save(self.settings["output_model_path"], checkpoint.network_of(model, None))
 
@@ -335,13 +335,13 @@ def l1_norms(model, space):
 
 
 def limit_of(norms, settings):
-    """The L1 norm below which filters may leave; a millionth lower, so that equal ones are not told by rounding."""
+    """The L1 norm below which filters may be removed; a millionth lower, so rounding does not split equal norms."""
     exact = norms.double()
     return float(exact.mean() * (1 - 1e-6) - settings["pruning_standard_deviation_part"] * exact.std(correction=0))
 
 
 def draw_norms(path, norms, settings):
-    """The L1 norms of the filters by layer, a dot each, and the limit below which they may leave."""
+    """Plot the L1 norms of the filters of each layer as dots, with the limit below which they may be removed."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(max(6, 0.5 * len(norms)), 4), layout="constrained")
     axes = figure.subplots()
@@ -356,7 +356,7 @@ def draw_norms(path, norms, settings):
 
 
 def draw_cycle(path, history):
-    """Size, loss and time over the steps of a cycle, each relative to its first value."""
+    """Plot size, loss and time over the steps of a cycle, each relative to its first value."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -1,20 +1,21 @@
-"""MorphNet: training finds the width of every layer, for a budget of MACs, weights or seconds.
+"""MorphNet: find the width of every layer by training, within a budget of MACs, weights or seconds.
 
     sizes = sizes_of(model, (3, 32, 32))
     loss = loss + strength * penalty(model, sizes, "macs", threshold=0.01)      # at each step of any loop
     structure = structure_of(model, threshold=0.01)                             # {channel space: channels alive}
-    structure, factor = expand(model, structure, sizes, "macs", budget)         # all wider, up to the budget
+    structure, factor = expand(model, structure, sizes, "macs", budget)         # all widths scaled to the budget
     rebuild(model, structure)                                                   # fresh weights: train from scratch
 
-Gordon et al. 2018 (arXiv:1711.06798). A layer costs c A_in A_out, A the channels
-alive on its two sides, and each channel pays its r times what it costs while all
-others stay as they are. r is the batch norm's |scale| or, without batch norm, the
-L2 norm of the filter. Rebuild and start again, with sizes of the new network, for another
-iteration.
+Gordon et al. 2018 (arXiv:1711.06798). A layer costs c A_in A_out, where A_in and A_out
+are the numbers of channels alive on its two sides; the penalty of a channel is its r times
+its cost while all other channels stay as they are. r is the batch norm's |scale| or,
+without batch norm, the L2 norm of the filter. For another iteration repeat this with the
+sizes of the rebuilt network.
 
-A network of this project says with `channels()` which layers share channels. A
-residual stream is one set: alive together, one r a channel. Ends of branches that
-no stream ties (shortcut A) keep their width. At width 0 a block is its shortcut.
+The method `channels()` of a network says which layers share channels. The channels of a
+residual stream form one set, with one r each: they are alive or dead in all its layers at
+once. Branch outputs outside such a set (shortcut A) keep their width. A block of width 0
+is its shortcut alone.
 """
 import json
 import math
@@ -31,14 +32,14 @@ from engine.widths import layer_like, widths_of
 from resnet_factorized import initialise
 
 SETTINGS = {
-    "morph_cost": Setting("macs", "what a channel pays for", choices=METRICS),
-    "morph_strength": Setting(0.1, "of the penalty, which is about 2 at the start", low=0),
-    "morph_threshold": Setting(0.01, "scale of batch norm below which a channel is dead", low=0),
-    "morph_budget": Setting(0.5, "cost of the structure, as a share of the network it comes from", low=1e-6,
+    "morph_cost": Setting("macs", "cost that the penalty and the budget measure", choices=METRICS),
+    "morph_strength": Setting(0.1, "weight of the penalty in the loss; the penalty is about 2 at the start", low=0),
+    "morph_threshold": Setting(0.01, "scale of batch norm at or below which a channel is dead", low=0),
+    "morph_budget": Setting(0.5, "cost of the new structure, as a share of the network it comes from", low=1e-6,
                             high=100),
-    "morph_round_to": Setting(1, "widths are multiples of it", low=1),
-    "morph_device": Setting(None, "a second, for --morph-cost latency", above=0, form=float, many=2,
-                            shown=("MACS", "BYTES"),
+    "morph_round_to": Setting(1, "widths are multiples of this number", low=1),
+    "morph_device": Setting(None, "the device's MACs and bytes a second, for --morph-cost latency", above=0, form=float,
+                            many=2, shown=("MACS", "BYTES"),
                             only=(("pruning", ("morphnet",)), ("morph_cost", ("latency",)))),
 }
 
@@ -46,9 +47,9 @@ SETTINGS = {
 # ---- channels: which are alive
 
 def spaces_of(model):
-    """The channel spaces whose width can change: `model.channels()` without ends of branches, which streams hold.
+    """The channel spaces whose width can change: `model.channels()` without the ends of residual branches.
 
-    Raises ValueError where branches of a stream are added selectively: they have no common width.
+    Raises ValueError where a stream has branches that are added selectively: they have no common width.
     """
     spaces = [space for space in model.channels() if space["branch"] is None]
     for space in spaces:
@@ -60,7 +61,7 @@ def spaces_of(model):
 
 
 def refuse_fixed_scales(model, name):
-    """ValueError where batch norm's scales do not train: the penalty, which is on them, would move nothing."""
+    """ValueError where batch norm's scales are not trained: the penalty acts on them and would have no effect."""
     fixed = shrinking.fixed_scale(model, spaces_of(model))
     if fixed:
         raise ValueError(f"--pruning morphnet: the scales of {name}'s batch norms are fixed ({fixed}), and it is by "
@@ -68,7 +69,7 @@ def refuse_fixed_scales(model, name):
 
 
 def blocks_of(model):
-    """{space: residual block} of the spaces within branches, those that may go to width 0."""
+    """{space: residual block} for the spaces within branches, which may have width 0."""
     channels = model.channels()
     blocks = [space["branch"] for space in channels if space["branch"] is not None]
     return {space["name"]: block for space in channels if space["branch"] is None for block in blocks
@@ -79,8 +80,8 @@ def importance(model, space):
     """r of each channel of a space, (C,) >= 0, with gradient.
 
     |scale| of its batch norm, else the L2 norm of the maker's filter or row. Where
-    several lie over the same channels, as in a residual stream, r is their maximum:
-    a channel dies only when all let it go. Equal ones share the gradient.
+    several layers make the same channels, as in a residual stream, r is their maximum: a
+    channel is dead only when it is dead in all of them. Equal maxima share the gradient.
     """
     if space["norms"]:
         found = [model.get_submodule(name).weight.abs() for name in space["norms"]]
@@ -90,7 +91,7 @@ def importance(model, space):
 
 
 def alive(found, blocks, threshold, hint=""):
-    """{space: channels with r above the threshold}, all at None or 0; see `settle`.
+    """{space: number of channels with r above the threshold}, all channels for None or 0; see `settle`.
 
     found: {space: r}. Raises RuntimeError where an r is not finite, ValueError for a threshold below 0.
     """
@@ -105,18 +106,18 @@ def alive(found, blocks, threshold, hint=""):
 
 
 def settle(widths, blocks):
-    """{space: width} with 0 for all spaces of a branch in which one is at 0."""
+    """{space: width} where all spaces of a branch have width 0 if one of them has."""
     cut = {block for name, block in blocks.items() if not widths[name]}
     return {name: 0 if blocks.get(name) in cut else width for name, width in widths.items()}
 
 
 def way_out(hint):
-    """What the error of a run that emptied or exploded advises."""
+    """The advice at the end of the error for a run that lost all channels or diverged."""
     return f"; change the threshold, the strength or the learning rate{f' ({hint})' if hint else ''}"
 
 
 def refuse_explosion(value, hint=""):
-    """RuntimeError, which ends with `hint`, unless a loss or penalty, a number or scalar tensor, is finite."""
+    """RuntimeError, which ends with `hint`, unless a loss or penalty (number or scalar tensor) is finite."""
     value = torch.as_tensor(value).item()
     if not math.isfinite(value):
         raise RuntimeError(f"the loss with its penalty is {value}: the run exploded{way_out(hint)}")
@@ -125,11 +126,11 @@ def refuse_explosion(value, hint=""):
 # ---- costs
 
 def sizes_of(model, shape):
-    """What costs follow from, for one image of `shape` (C, H, W): a dictionary of plain values.
+    """The sizes that costs are computed from, for one image of `shape` (C, H, W): a dictionary of plain values.
 
-    layers: see `costs.row_of`; spaces, blocks: of `spaces_of` and `blocks_of`. It holds
-    until layers are removed or resized. One pass over zeros, in evaluation, leaves
-    the model as it was. Raises ValueError for a layer that runs twice.
+    layers: see `costs.row_of`; spaces, blocks: from `spaces_of` and `blocks_of`. It is valid
+    until layers are removed or resized. Takes one forward pass over zeros in evaluation mode,
+    which leaves the model as it was. Raises ValueError for a layer that runs twice.
     """
     spaces, pixels = spaces_of(model), costs.pixels_of(model, shape)
     return {"layers": [costs.row_of(name, model.get_submodule(name), pixels[name], spaces) for name in pixels],
@@ -137,11 +138,11 @@ def sizes_of(model, shape):
 
 
 def cost(model, sizes, what="macs", threshold=None, device=None):
-    """The cost of a network's convolutions and linear layers, of the channels that are alive, a float.
+    """The cost of a network's convolutions and linear layers, counting channels that are alive; a float.
 
-    sizes: of `sizes_of`. what: "macs" of one image, "parameters" (weights, no biases
-    or batch norm), or "latency" in seconds for one image on device = (peak MACs a
-    second, bytes a second): the sum over layers of max(MACs / peak, bytes /
+    sizes: from `sizes_of`. what: "macs" of one image, "parameters" (weights, no biases
+    or batch norm), or "latency" in seconds for one image on device = (peak MACs per
+    second, bytes per second): the sum over layers of max(MACs / peak, bytes /
     bandwidth), in float32. threshold None or 0: all channels. Raises ValueError for
     another `what` or device, RuntimeError where r is not finite.
     """
@@ -150,20 +151,20 @@ def cost(model, sizes, what="macs", threshold=None, device=None):
 
 
 def cost_of(sizes, structure, what="macs", device=None):
-    """`cost` with the widths of a structure, {space: width}."""
+    """`cost` for the widths of a structure, {space: width}."""
     check_metric(what, device)
     widths = settle(structure, sizes["blocks"])
     return float(sum(price(row, coefficients(row, widths, what, device), widths) for row in sizes["layers"]))
 
 
 def penalty(model, sizes, what="macs", threshold=None, device=None, whole=None, hint=""):
-    """The regulariser, a scalar tensor: over layers the sum of c (A_in sum r_out + A_out sum r_in) / groups, by whole.
+    """The regulariser: the sum over layers of c (A_in sum r_out + A_out sum r_in) / groups / whole, a scalar tensor.
 
-    A, the channels with r above the threshold, is held constant. Where a cost grows
-    with one side alone (depthwise layers, bytes of activations) the term is i sum
-    r_in + o sum r_out, see `coefficients`. whole: the cost of the network at the
-    start, None for that of all channels, so that a strength means the same for every
-    network and cost. Raises as `cost`; the RuntimeError ends with `hint`.
+    A, the number of channels with r above the threshold, is held constant. Where a cost
+    grows with one side only (depthwise layers, bytes of activations) the term is
+    i sum r_in + o sum r_out, see `coefficients`. whole: the cost of the network at the start,
+    None for that of all channels; dividing by it makes a strength comparable across networks
+    and costs. Raises as `cost` does; the RuntimeError ends with `hint`.
     """
     check_metric(what, device)
     found = {space["name"]: importance(model, space) for space in sizes["spaces"]}
@@ -182,13 +183,13 @@ def penalty(model, sizes, what="macs", threshold=None, device=None, whole=None, 
 # ---- structures: {space: width}
 
 def groups_of(model, space):
-    """What a space's width must be a multiple of: the groups of the layers that make and read it."""
+    """The number that a space's width must be a multiple of: the lcm of the groups of its makers and readers."""
     layers = [model.get_submodule(name) for name in space["makers"] + space["readers"]]
     return math.lcm(*(getattr(layer, "groups", 1) for layer in layers))
 
 
 def structure_of(model, threshold, hint=""):
-    """{space: channels alive}, rounded up to what its groups divide; 0 for all spaces of a block that is removed.
+    """{space: channels alive}, rounded up to a multiple of its groups; 0 for all spaces of a block that is removed.
 
     Raises RuntimeError, which ends with `hint`, where a space outside the branches,
     or the whole network, has no channel alive, or where an r is not finite.
@@ -204,10 +205,7 @@ def structure_of(model, threshold, hint=""):
 
 
 def check_structure(model, structure):
-    """The structure as the network can take it; ValueError that names what it cannot.
-
-    Where one space of a branch is at 0, all are.
-    """
+    """The structure with branches settled (see `settle`); ValueError where the network cannot have it."""
     spaces, removable = {space["name"]: space for space in spaces_of(model)}, blocks_of(model)
     for name in [*spaces, *structure]:
         if (name in spaces) != (name in structure):
@@ -221,7 +219,7 @@ def check_structure(model, structure):
 
 
 def is_width(width):
-    """Whether a value is a whole number, not negative."""
+    """Whether a value is an integer of at least 0."""
     return isinstance(width, int) and not isinstance(width, bool) and width >= 0
 
 
@@ -231,7 +229,7 @@ def write_structure(path, structure):
 
 
 def read_structure(path):
-    """The {space: width} in a JSON file; ValueError with what is wrong, FileNotFoundError where there is none."""
+    """The {space: width} in a JSON file; ValueError where it is damaged, FileNotFoundError where there is no file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no structure at {path}")
@@ -248,12 +246,12 @@ def read_structure(path):
 
 
 def expand(model, structure, sizes, what, budget, round_to=1, device=None):
-    """(structure, factor): all widths times the largest factor whose cost is within the budget.
+    """(structure, factor): all widths multiplied by the largest factor whose cost is within the budget.
 
-    model: where `structure` comes from. Each width is rounded to the nearest
-    multiple of its groups and of `round_to`, at least one; 0 stays 0. The factor may
-    be below 1. Raises ValueError where even the smallest widths exceed the budget,
-    and as `cost`.
+    model: the network that `structure` comes from. Each width is rounded to the nearest
+    multiple of its groups and of `round_to`, the smallest one at least; 0 stays 0. The factor
+    may be below 1. Raises ValueError where even the smallest widths exceed the budget, and
+    as `cost` does.
     """
     structure = check_structure(model, structure)
     if not 0 < budget < math.inf or not (is_width(round_to) and round_to):
@@ -261,7 +259,7 @@ def expand(model, structure, sizes, what, budget, round_to=1, device=None):
     steps = {space["name"]: math.lcm(groups_of(model, space), round_to) for space in spaces_of(model)}
 
     def wider(factor):
-        exact = Fraction(factor)              # so that no rounding error decides which widths a factor gives
+        exact = Fraction(factor)              # exact arithmetic: no rounding error decides the widths
         return {name: max(1, (2 * exact * width + steps[name]) // (2 * steps[name])) * steps[name] if width else 0
                 for name, width in structure.items()}
 
@@ -284,10 +282,10 @@ def expand(model, structure, sizes, what, budget, round_to=1, device=None):
 # ---- the network of a structure
 
 def rebuild(model, structure):
-    """Give every layer the width that the structure says, and all of them fresh weights, in place; returns the model.
+    """Give every layer the width in the structure and newly initialised weights, in place; returns the model.
 
-    Branches of width 0 are removed. Convolutions start as `resnet_factorized.initialise`
-    has it in a network with batch norm; else torch's default. Draws from torch's
+    Branches of width 0 are removed. In a network with batch norm convolutions are initialised
+    by `resnet_factorized.initialise`, otherwise by torch's default. Draws from torch's
     global generator. Raises ValueError for a structure that does not fit the model.
     """
     structure, removable = check_structure(model, structure), blocks_of(model)
@@ -313,7 +311,7 @@ def rebuild(model, structure):
 
 
 def draw_widths(path, before, after):
-    """Draw the width of each layer before and after as bars, into an image file. before, after: {space: width}."""
+    """Plot the width of each layer before and after as bars, into an image file. before, after: {space: width}."""
     from matplotlib.figure import Figure  # no pyplot: the canvas is Agg, and no state is left behind
 
     names = list(before)

@@ -1,4 +1,4 @@
-"""Networks by name: freshly initialised, or as a file has them.
+"""Networks by name: freshly initialised, or loaded from a file.
 
     model = build(**architecture_of(settings))
     model, state = load_network("runs/a/model.pt")       # the structure is read from the file
@@ -23,27 +23,27 @@ from engine.settings import Setting, line
 SETTINGS = {
     "model": line("resnet18", hint="; wrn-d-k, resnetd-a-b-c, vgg6-a-b-c and vgg9-a-b-c are depths d and widths",
                   shown="NETWORK"),                  # `check_name` knows them all
-    "groups": line(8),                               # which ones, the network says
+    "groups": line(8),                               # the network checks which numbers fit
     "shuffle": line(True, (True, False)),
-    "activation": Setting("relu", "of the small networks: relu, gelu, tanh, ..."),
-    "pooling": Setting("max", "of LeNet-5: max or average"),
-    "shortcut": Setting("B", "of ResNet-20 to 110: A (pad) or B (1x1 convolution)"),
+    "activation": Setting("relu", "activation function of the small networks: relu, gelu, tanh, ..."),
+    "pooling": Setting("max", "pooling of LeNet-5: max or average"),
+    "shortcut": Setting("B", "shortcuts of ResNet-20 to 110: A (zero padding) or B (1x1 convolution)"),
 }
 
-WORDS = ("activation", "pooling", "shortcut")       # of which a network has some
+WORDS = ("activation", "pooling", "shortcut")       # a network has some of these or none
 
 
 def build(name, bits=None, **arguments):
-    """The network called `name` of resnet_factorized.py or models/, freshly initialised.
+    """The network called `name` in resnet_factorized.py or models/, freshly initialised.
 
-    bits: {layer: [of weights, of activations]} of one that is quantized (`quantization.layer_bits`).
+    bits: {layer: [bits of weights, of activations]} for a quantized network (`quantization.layer_bits`).
     """
     model = (resnet_factorized if name in resnet_factorized.NETWORKS else models).build(name, **arguments)
     return quantization.quantize_layers(model, bits) if bits else model
 
 
 def check_name(name):
-    """ValueError with all names for a network that neither module has."""
+    """ValueError that lists all names, if neither module has a network called `name`."""
     try:
         models.arguments_of(name)
     except ValueError as problem:
@@ -51,7 +51,7 @@ def check_name(name):
 
 
 def architecture_of(settings):
-    """What rebuilds the network; ValueError for one that cannot be, or that has not the layers to exclude."""
+    """The dictionary that rebuilds the network; ValueError if it cannot be built or lacks a layer to exclude."""
     kind, name = cifar10.kind_of(settings["dataset"]), settings["model"]
     architecture = {"name": name, "num_classes": len(kind.classes), "in_channels": kind.shape[-1]}
     if name in resnet_factorized.NETWORKS:
@@ -75,17 +75,17 @@ def architecture_of(settings):
 def load_network(path, device="cpu"):
     """(model in evaluation mode, the checkpoint's dictionary); the structure is read from the file.
 
-    Of an unfinished run's last.pt it is the averaged network, where there is one:
-    that is what the validation accuracy was measured on. Of a packed file it is
-    the network in integers. Its `dataset` is filled in; `assumed` where the file names none.
-    Raises ValueError for a file whose parts do not make a network.
+    From an unfinished run's last.pt it is the averaged network, if there is one: the
+    validation accuracy was measured on that. From a packed file it is the network that
+    computes with integers. In the dictionary, `dataset` is always filled in, and `assumed`
+    is True where the file names none. Raises ValueError where the file does not hold a whole network.
     """
     path = checkpoint.find(path)
     return network_of(path, read_network(path), device)
 
 
 def network_of(path, state, device):
-    """`load_network` of a file's dictionary."""
+    """`load_network` for the dictionary that `read_network` gives."""
     state |= {"dataset": state["dataset"] or "cifar10", "assumed": state["dataset"] is None}
     try:
         if state.get("average"):
@@ -107,7 +107,7 @@ def network_of(path, state, device):
 
 
 def refuse_broken(path, model):
-    """ValueError where a value of a network that comes from `path` is NaN or infinite."""
+    """ValueError if a value in the network read from `path` is NaN or infinite."""
     for name, tensor in model.state_dict().items():
         wrong = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
         if wrong:
@@ -116,7 +116,7 @@ def refuse_broken(path, model):
 
 
 def as_validated(model, state):
-    """Give a network of an unfinished run that trains with signs its signs: real weights are what it steps on."""
+    """Binarize the network of an unfinished run with binary weights: its checkpoint holds the real weights."""
     settings = state.get("settings") or {}
     if settings.get("weights") == "binary":
         masks = {name: mask.to(torch.bool) for name, mask in (state.get("masks") or {}).items()}
@@ -147,8 +147,8 @@ def read_network(path):
 def data_of(path, state, dataset=None):
     """(name, `cifar10.Kind`) of the images that a network takes; mean and std are those it was trained with.
 
-    state: as `load_network` and `onnx_files.open_network` give it; dataset: another one
-    to feed it with, --dataset. ValueError where its channels, size or classes are not
+    state: as `load_network` and `onnx_files.open_network` give it; dataset: --dataset,
+    another data set to use it on. ValueError where its channels, size or classes are not
     those of the network.
     """
     own = dataset if dataset and state["assumed"] else state["dataset"]
@@ -183,16 +183,19 @@ def refuse_form(path, form, dataset, kind):
 
 
 def trim(model):
-    """What an exported file holds of a network, in place: no dead channels, few bits on their grid; how many left."""
+    """Make a network ready for export, in place; returns the number of dead channels removed.
+
+    The weights of quantized layers are replaced by their quantized values.
+    """
     removed = shrinking.remove_dead(model)
     quantization.to_grid(model)
     return removed
 
 
 def load_teacher(path, dataset, kind, device, force=False):
-    """The network that teaches, on the device, without gradients; ValueError where it does not fit the student's data.
+    """The teacher network on the device, without gradients; ValueError where it does not fit the student's data.
 
-    force: it may be of another data set, of images and a number of classes like those of `dataset`.
+    force: it may have been trained on another data set, whose images and number of classes match those of `dataset`.
     """
     state = read_network(path)
     refuse_misfit(f"the teacher in {path}", state["architecture"], dataset, kind)
@@ -206,16 +209,16 @@ def load_teacher(path, dataset, kind, device, force=False):
 
 
 def load_start(model, architecture, path, dataset, kind, force=False):
-    """Put the weights of the checkpoint --start into a network of floats, those of few bits without their steps.
+    """Load the weights of the checkpoint --start into a float32 network; quantization steps in it are left out.
 
-    force: they may be of another data set than `dataset`.
+    force: they may come from another data set than `dataset`.
     """
     state = read_network(path)
     if "integers" in state:
         raise ValueError(f"{path} is packed: its integers do not train; start from the model.pt that it came from")
     refuse_misfit(f"the network in {path}", state["architecture"], dataset, kind)
     refuse_stranger(f"the network in {path}", state, dataset, kind, force)
-    if state.get("average"):              # of an unfinished run: what it was validated with, as `load_network` has it
+    if state.get("average"):              # of an unfinished run: what was validated, as in `load_network`
         state["weights"] = state["average"]
     checkpoint.load_weights(model, quantization.without_bits(architecture), quantization.without_steps(state))
     refuse_broken(path, model)
@@ -224,16 +227,16 @@ def load_start(model, architecture, path, dataset, kind, force=False):
 # ---- a network and a data set
 
 def image_shape(kind):
-    """(C, H, W) of one image of a data set, which its `cifar10.Kind` has as (H, W, C)."""
+    """(C, H, W) of one image of a data set; its `cifar10.Kind` holds (H, W, C)."""
     height, width, channels = kind.shape
     return channels, height, width
 
 
 def refuse_misfit(what, architecture, dataset, kind):
-    """ValueError where a network tells other classes apart than `dataset` has, or takes other images.
+    """ValueError where a network has another number of classes than `dataset`, or takes other images.
 
-    what: what to call it. An architecture without a size takes images of any size, or of one that the forward pass
-    alone can tell.
+    what: its name in the message. An architecture without a size takes images of any size, or of one that only the
+    forward pass shows.
     """
     classes, channels = architecture.get("num_classes", 10), architecture.get("in_channels", 3)
     size = architecture.get("size", kind.shape[0])
@@ -246,9 +249,9 @@ def refuse_misfit(what, architecture, dataset, kind):
 
 
 def refuse_stranger(what, state, dataset, kind, force):
-    """ValueError where a network was trained on another data set, or on a folder of other classes, unless forced.
+    """ValueError where a network was trained on another data set, or on a folder with other classes, unless forced.
 
-    state: the dictionary of its file, whose `dataset` is None where it is not known.
+    state: the dictionary of its file, whose `dataset` is None if unknown.
     """
     theirs = state["dataset"]
     if theirs not in (None, dataset) and not force:
@@ -260,9 +263,9 @@ def refuse_stranger(what, state, dataset, kind, force):
 
 
 def check_batch(model, name, batch_size, shape):
-    """ValueError where `model` cannot train on `batch_size` images of `shape`: of a size that its layers take, for one.
+    """ValueError where `model` cannot train on `batch_size` images of `shape`, for example because they are too small.
 
-    Tried on torch's meta device, where nothing is computed; batch norm refuses a single number there too.
+    Tried on torch's meta device, where nothing is computed; batch norm refuses a single value per channel there too.
     """
     trial = copy.deepcopy(model).to("meta").train()
     try:
@@ -273,6 +276,6 @@ def check_batch(model, name, batch_size, shape):
 
 
 def begin_bits(model, bits, calibration):
-    """Quantize the layers that are there; steps begin from the weights and, where given, from `calibration` images."""
+    """Quantize the layers of `model` in place; steps start from the weights and, if given, `calibration` images."""
     ranges = quantization.input_ranges(model, calibration) if calibration is not None else None
     quantization.quantize_layers(model, {name: bits[name] for name in quantization.layers_of(model)}, ranges)

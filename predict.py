@@ -1,10 +1,10 @@
-"""Say what is on a picture: `python predict.py cat.png photos/ --checkpoint model.pt.gz`.
+"""Classify pictures: `python predict.py cat.png photos/ --checkpoint model.pt.gz`.
 
-Pictures, or folders of them, of any size and mode; each is cropped to its middle
-square and scaled to what the network takes, as `engine/pictures.py` says. --checkpoint is a
-run's folder or file, a compact or safetensors file, or an ONNX file; classes and form
-of the images stand in it. One picture that cannot be read does not keep the others
-from being told; it is named at the end, with exit code 2.
+Takes pictures, or folders of them, of any size and mode; each is cropped to its middle
+square and scaled to the network's input size, see `engine/pictures.py`. --checkpoint is a
+run's folder or file, a compact or safetensors file, or an ONNX file; it holds the classes
+and the shape of the images. Pictures that cannot be read are skipped and named at the
+end, with exit code 2.
 """
 import engine.interrupts  # isort: skip  # noqa: F401
 import json
@@ -20,14 +20,14 @@ from train import find_checkpoint
 
 
 def read_picture(path, kind, background=pictures.WHITE):
-    """A picture as the network takes it, (1, C, H, W) float, normalised; ValueError where the file is none."""
+    """A picture as the network's input, (1, C, H, W) float, normalised; ValueError if the file is no picture."""
     pixels = torch.from_numpy(pictures.read_picture(path, kind.shape, background))[None].permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (kind.mean, kind.std))
     return (pixels - mean) / std
 
 
 def find_pictures(path):
-    """The file named, or those in the folder named that end like pictures, in order; ValueError where none is there."""
+    """The file at `path`, or the pictures in the folder at `path`, sorted; ValueError if there is none."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"there is no file at {path}")
@@ -52,7 +52,7 @@ def predict(forward, path, kind, top, background=pictures.WHITE):
 
 
 def predict_all(paths, tell):
-    """Call tell(picture) for each picture of the files and folders; a list of what was wrong with the others."""
+    """Call tell(picture) for each picture in `paths`, files or folders; returns [(path, error)] of the failures."""
     wrong = []
     for path in paths:
         try:
@@ -74,11 +74,11 @@ def parse(argv):
     parser.add_argument("pictures", nargs="+", help="files or folders")
     parser.add_argument("--checkpoint", help="a run's folder or file, a compact, safetensors or ONNX file (the newest "
                         "run's, else the ResNet-18 that ships)")
-    parser.add_argument("--dataset", help="whose classes the network tells, where its file does not say (cifar10)")
+    parser.add_argument("--dataset", help="data set of the network's classes, if its file names none (cifar10)")
     parser.add_argument("--background", default="white", help="colour behind what is transparent: a name or #rrggbb "
                         "(white)")
-    parser.add_argument("--top", type=int, default=1, help="so many classes a picture (1)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a picture")
+    parser.add_argument("--top", type=int, default=1, help="number of classes to print per picture (1)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per picture")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     if arguments.top < 1:

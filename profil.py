@@ -1,21 +1,21 @@
-"""Count what is left of a network: `python profil.py`, or `python profil.py --model resnet18 --groups 8`.
+"""Count parameters and MACs of a network: `python profil.py`, or `python profil.py --model resnet18 --groups 8`.
 
 Prints a table by layer, totals, reductions against dense ResNet-18 and three
 scores. Everything is counted from the network itself: its real zeros and real
 widths. One multiply-add is one MAC; three columns are never mixed: dense (the
-reference), physical (what the network computes) and nominal (what its zeros
-would save on hardware that skips them).
+reference), physical (what the network computes) and nominal (what hardware that
+skips zeros would compute).
 
-Of a network of few bits (`--weights lsq`, or a packed file) each layer counts at
-the bits that the file gives it: a weight that is not zero as an integer at q_w, a
-MAC at the larger of q_w and q_a. Batch norm's scale and shift and the biases count
-as parameters at `--bits`, 16 unless told otherwise, as in a network of floats; the
-steps are factors of such a scale and do not count. The strict score leaves nothing
-out: zeros take their code or one bit of a bitmask, whichever is smaller for a layer
-(both, where weights of one bit have zeros); batch norm, biases and steps take the 32
-bits that they are stored in; and besides the MACs it counts one operation of 32 bits
-for each element that a layer reads and rounds, and for each that it scales or a batch
-norm does.
+Each layer of a quantized network (`--weights lsq`, or a packed file) counts at the
+bit widths stored in the file: a nonzero weight at q_w bits, a MAC at the larger of
+q_w and q_a. Batch norm's scale and shift and the biases count as parameters at
+`--bits`, 16 by default, as in a float32 network; the quantization steps do not count,
+since they can be merged into such a scale. The strict score counts more: a zero
+weight takes its integer code or one bit of a bitmask, whichever is smaller for the
+layer (both, if 1-bit weights have zeros); batch norm, biases and steps take the 32
+bits that they are stored in; and besides the MACs it counts one 32-bit operation for
+each element that a layer reads and rounds, and for each that a layer or a batch norm
+scales. Residual additions, average pooling and activations are not counted.
 """
 import engine.interrupts  # isort: skip  # noqa: F401
 import csv
@@ -37,19 +37,19 @@ from networks import architecture_of, build, check_batch, data_of, image_shape, 
 from train import DEFAULTS, find_checkpoint
 
 DENSE_PARAMETERS, DENSE_MACS = 11_173_962, 555_422_720    # ResNet-18, groups 1, 10 classes, 32x32
-WRN_PARAMETERS, WRN_MACS = 36_479_194, 5_243_328_768      # WRN-28-10, the reference for CIFAR-100 of MicroNet
+WRN_PARAMETERS, WRN_MACS = 36_479_194, 5_243_328_768      # WRN-28-10, MicroNet's reference for CIFAR-100
 PROFILER_PARAMETERS, PROFILER_OPERATIONS = 5_586_981, 834_362_880    # the earlier profiler's reference
-COUNTED_AGAIN = {"macs", "nominal_macs", "multiplies", "adds", "scaled"}      # of a layer that runs twice
+COUNTED_AGAIN = {"macs", "nominal_macs", "multiplies", "adds", "scaled"}      # columns summed if a layer runs twice
 
 
 @torch.no_grad()
 def count_layers(model, shape):
-    """One row a layer that holds parameters or is counted by a score, in the order of execution.
+    """Return one row per layer that has parameters or counts in a score, in the order of execution.
 
     shape: (C, H, W) of one image. A layer that runs twice has one row, with the
-    operations of both. A row has name, kind, parameters, nonzero,
-    sparsity, macs, nominal_macs and what the scores need. Only zeros among
-    convolution and linear weights count as removed.
+    operations of both runs. A row has name, kind, parameters, nonzero, sparsity,
+    macs, nominal_macs and what the scores need. Only zeros among convolution and
+    linear weights count as removed.
     """
     rows, hooks = [], []
     kinds = {nn.Conv2d: convolution_row, nn.Linear: linear_row, nn.BatchNorm2d: norm_row,
@@ -64,7 +64,7 @@ def count_layers(model, shape):
                 again = next((each for each in rows if each["name"] == name), None)
                 if again is None:
                     rows.append(row)
-                for counted in COUNTED_AGAIN & row.keys() if again else ():     # it has its parameters once
+                for counted in COUNTED_AGAIN & row.keys() if again else ():     # its parameters count once
                     again[counted] += row[counted]
             hooks.append(module.register_forward_hook(hook))
     try:
@@ -77,7 +77,7 @@ def count_layers(model, shape):
 
 
 def row_of(name, layer, specific, output):
-    """The columns that every layer shares, and `specific` ones: macs, and the earlier profiler's terms."""
+    """A layer's row: the columns of every layer, and its `specific` ones (macs, the earlier profiler's terms)."""
     prunable = isinstance(layer, (nn.Conv2d, nn.Linear))
     weight = torch.empty(0) if not prunable else layer.integers() if hasattr(layer, "integers") else layer.weight
     weights, zeros = weight.numel(), int((weight == 0).sum())
@@ -94,7 +94,7 @@ def row_of(name, layer, specific, output):
 
 
 def others_of(layer):
-    """A layer's parameters that are not weights of connections, steps apart; in integers, what holds a batch norm."""
+    """A layer's parameters other than weights and quantization steps; of an integer layer, shift and folded scale."""
     if isinstance(getattr(layer, "scale", None), torch.Tensor):
         return ([] if layer.shift is None else [layer.shift]) + ([layer.scale] if layer.folded else [])
     return [tensor for name, tensor in layer.named_parameters(recurse=False)
@@ -102,9 +102,9 @@ def others_of(layer):
 
 
 def few_bits(layer, inputs, output):
-    """What the strict score needs of a layer, `scaled` elements and `stored` bits, and the bits of one that has few.
+    """What the strict score needs of a layer: `scaled` elements, `stored` bits and, of a quantized layer, its `bits`.
 
-    {} of a layer that only a network of floats is counted by.
+    {} for a layer that is neither quantized nor a batch norm.
     """
     if isinstance(layer, nn.BatchNorm2d):
         return {"scaled": output.numel(), "stored": 32 * 2 * layer.num_features}
@@ -115,7 +115,7 @@ def few_bits(layer, inputs, output):
     masked = integer_inference.sparse(count, left, bits)
     others = [tensor for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
               if name not in ("weight", "signed")]
-    offset = 1 if hasattr(layer, "low") else 0           # an attribute in integers, a parameter while training
+    offset = 1 if hasattr(layer, "low") else 0           # of integer layers it is a plain attribute, not in `others`
     return {"bits": [bits, layer.activation_bits], "scaled": inputs.numel() + output.numel(),
             "stored": (count + left * bits if masked else count * bits)
             + 32 * (offset + sum(tensor.numel() for tensor in others))}
@@ -129,28 +129,28 @@ def convolution_row(layer, output):
 
 
 def linear_row(layer, output):
-    """MACs = inputs x outputs, of each position where a layer is applied to several."""
+    """MACs = inputs x outputs, times the number of positions the layer is applied to."""
     macs = layer.in_features * output.numel()
     return {"macs": macs, "multiplies": macs, "adds": macs - (0 if layer.bias is not None else output.numel())}
 
 
 def other_row(layer, output):
-    """A layer of another kind that holds parameters: they count, its operations do not."""
+    """Any other layer with parameters: the parameters count, its operations do not."""
     return {}
 
 
 def norm_row(layer, output):
-    """Batch norm: three operations an element in the earlier profiler, no MAC."""
+    """Batch norm: three operations per element in the earlier profiler, no MAC."""
     return {"adds": 3 * output.numel()}
 
 
 def activation_row(layer, output):
-    """A ReLU module: one operation an element in the earlier profiler."""
+    """A ReLU module: one operation per element in the earlier profiler."""
     return {"adds": output.numel()}
 
 
 def pool_row(layer, output):
-    """Average pooling: k operations an output in the earlier profiler, k elements of the window's side."""
+    """Average pooling: k operations per output in the earlier profiler, k the side of the window."""
     size = layer.kernel_size
     return {"adds": output.numel() * (size if isinstance(size, int) else math.prod(size))}
 
@@ -162,9 +162,9 @@ def totals_of(rows, weight_bits=16, activation_bits=16, dataset="cifar10"):
     Reductions are against dense ResNet-18 with 10 classes. score_course: nonzero
     q_w/32 / 5.6e6 + MACs max(q_w, q_a)/32 / 2.8e8 (Efficient Deep Learning, IMT
     Atlantique). score_profiler: its earlier form, with grouped operations counted
-    as such. micronet_bytes: MicroNet 2019, one bit an entry of a tensor with
-    zeros and q_w bits a value that is stored. Layers of few bits count at theirs; then
-    there are layer_bits and score_course_strict too, see the top of this file.
+    as such. micronet_bytes: MicroNet 2019, one bit per entry of a tensor with
+    zeros and q_w bits per stored value. Quantized layers count at their own bits; the
+    result then has layer_bits and score_course_strict too, see the top of this file.
     """
     total = {name: sum(row[name] for row in rows)
              for name in ("parameters", "nonzero", "weights", "zero_weights", "macs", "nominal_macs")}
@@ -198,18 +198,18 @@ def totals_of(rows, weight_bits=16, activation_bits=16, dataset="cifar10"):
 
 
 def weight_bits_of(row, bits):
-    """Bits of one layer's weights: its own where it has few, one where they are binary, else `bits`."""
+    """Bits of one layer's weights: its own if it is quantized, one if they are binary, else `bits`."""
     return row["bits"][0] if "bits" in row else 1 if row["binary"] else bits
 
 
 def values_bits(row, bits):
-    """Bits of one layer's values that are not zero: its weights at their bits, its other parameters at `bits`."""
+    """Total bits of one layer's nonzero weights, at their own bits, and other parameters, at `bits` each."""
     left = row["weights"] - row["zero_weights"]
     return left * weight_bits_of(row, bits) + (row["parameters"] - row["weights"]) * bits
 
 
 def print_table(rows, totals):
-    """The table by layer, then totals, reductions and scores with their terms."""
+    """Print the table by layer, then totals, reductions and scores with their terms."""
     print(f"{'layer':28}{'parameters':>12}{'share':>7}{'nonzero':>11}{'sparsity':>10}{'MACs':>14}{'share':>7}"
           + f"{'bits w/a':>10}" * ("layer_bits" in totals))
     for row in rows:
@@ -245,7 +245,7 @@ MicroNet storage {totals['micronet_bytes']:,} bytes, bitmasks included""")
 
 
 def write_rows(path, rows):
-    """The table by layer as CSV."""
+    """Write the table by layer to `path` as CSV."""
     names = ["name", "kind", "output", "parameters", "nonzero", "sparsity", "macs", "nominal_macs"]
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, names, extrasaction="ignore")
@@ -259,12 +259,12 @@ def parse(argv):
     parser = commandline.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="a run's folder or file, or a compact file (the newest "
                         "run's, else the ResNet-18 that ships)")
-    parser.add_argument("--model", metavar="NETWORK", help="an untrained network instead, by name")
+    parser.add_argument("--model", metavar="NETWORK", help="count an untrained network of this name instead")
     parser.add_argument("--dataset", type=cifar10.named,
-                        help="whose images it takes (those it was trained on; untrained: cifar10)")
-    parser.add_argument("--groups", type=int, help="of the untrained network (8)")
-    parser.add_argument("--classes", type=int, help="of the untrained network (the data set's)")
-    parser.add_argument("--bits", type=int, nargs="+", default=[16], help="of weights, and of activations (16)")
+                        help="data set whose images it takes (the one it was trained on; untrained: cifar10)")
+    parser.add_argument("--groups", type=int, help="groups of the untrained network (8)")
+    parser.add_argument("--classes", type=int, help="classes of the untrained network (the data set's)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[16], help="bits of weights, and of activations (16)")
     parser.add_argument("--csv", help="write the table by layer to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -291,7 +291,7 @@ def untrained(arguments):
         raise ValueError(f"--groups {arguments.groups}: {arguments.model} has no groups; leave it out")
     model = build(**architecture | ({"num_classes": arguments.classes} if arguments.classes else {}))
     check_batch(model, arguments.model, 2, image_shape(cifar10.kind_of(arguments.dataset)))
-    with torch.no_grad():                 # one that starts with zeros in its weights does not keep them
+    with torch.no_grad():                 # zeros of the initialisation must not count as removed
         for layer in model.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.weight.normal_()

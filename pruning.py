@@ -1,4 +1,4 @@
-"""Global magnitude pruning: which weights stay, over the whole network at once.
+"""Global magnitude pruning: the weights of the whole network are ranked together.
 
     masks = global_masks(model, 0.7)                  # 70 % of all weights
     apply_masks(model, masks)                         # exact zeros
@@ -7,8 +7,8 @@
 Built on `torch.nn.utils.prune`, used on copies of the weights: the model stays a
 plain network that can be copied, compiled, averaged and saved. A mask is a bool
 tensor that the training loop applies after every step, so that neither momentum
-nor weight decay brings a weight back. Zeros alone save no operation: `narrow` takes the
-weakest channels out of the network, until it has no more than a number of multiply-adds.
+nor weight decay brings a weight back. Zeros alone save no operation: `narrow` removes the
+weakest channels of the network, until it has at most a given number of multiply-adds.
 """
 import copy
 import math
@@ -24,7 +24,7 @@ from engine.modes import in_mode
 from engine.operations import macs_of
 from engine.settings import Setting, line, only
 
-# ---- scores: of a weight tensor, of its shape; the largest stay. SCORE = "l1" calls l1_scores, and so on
+# ---- scores of a weight tensor, in its shape; the largest are kept. SCORE = "l1" calls l1_scores, and so on
 
 def l1_scores(weight):
     """Magnitudes, of the shape of `weight`."""
@@ -35,7 +35,7 @@ def lamp_scores(weight):
     """Layer-adaptive magnitudes, of the shape of `weight`: w_u^2 over the sum of w_v^2 of all v not smaller than u.
 
     Lee et al. 2021 (arXiv:2010.07611), equation 4: the largest weight of each
-    layer scores 1, and thin layers are spared without settings.
+    layer scores 1, so narrow layers lose less, without extra settings.
     """
     squares, order = in_double(weight.detach()).flatten().square().sort()
     tails = squares.flip(0).cumsum(0).flip(0)
@@ -45,20 +45,20 @@ def lamp_scores(weight):
 
 
 SCORES = {name.removesuffix("_scores"): score for name, score in list(globals().items()) if name.endswith("_scores")}
-GRADUAL = ("polynomial", "constant")      # of the lines PRUNING, those that prune weights while training, by a schedule
+GRADUAL = ("polynomial", "constant")      # choices of the line PRUNING that prune weights while training, by a schedule
 SETTINGS = only("pruning", ("rounds", *GRADUAL), {
     "score": line("l1", tuple(SCORES)),
-    "minimum_density": Setting(0.01, "share of each layer that is never pruned", low=0, high=1),
+    "minimum_density": Setting(0.01, "fraction of each layer that is never pruned", low=0, high=1),
     "exclude": Setting([], "layers that are never pruned, such as conv1", form=str, many="+", shown="LAYER"),
-    "prune_begin": Setting(0.1, "share of the training at which gradual pruning begins", low=0, high=1,
+    "prune_begin": Setting(0.1, "fraction of the training at which gradual pruning begins", low=0, high=1,
                            only=(("pruning", GRADUAL),)),
-    "prune_end": Setting(0.6, "and at which it ends", low=0, high=1, only=(("pruning", GRADUAL),)),
-    "prune_frequency": Setting(100, "and the steps between", low=1, only=(("pruning", GRADUAL),)),
-    "macs": Setting(None, "channels within blocks leave, the weakest first, with the last pruning, until one image "
-                    "takes at most N multiply-adds", low=1, form=int, shown="N", clashes=(
+    "prune_end": Setting(0.6, "fraction at which gradual pruning ends", low=0, high=1, only=(("pruning", GRADUAL),)),
+    "prune_frequency": Setting(100, "gradual pruning: steps between two prunings", low=1, only=(("pruning", GRADUAL),)),
+    "macs": Setting(None, "the last pruning also removes channels within blocks, the weakest first, until one "
+                    "image takes at most N multiply-adds", low=1, form=int, shown="N", clashes=(
                         ((), "weights", ("lsq",), "whose layers keep their widths; leave one out"),)),
-    "macs_layers": Setting([], "layers that these channels leave, such as layer1.0.conv1; all that can, if none is "
-                           "named", form=str, many="+", shown="LAYER", only=(("macs", ()),)),
+    "macs_layers": Setting([], "layers that --macs removes channels from, such as layer1.0.conv1; all that can, if "
+                           "none is named", form=str, many="+", shown="LAYER", only=(("macs", ()),)),
 })
 
 
@@ -79,8 +79,8 @@ def prunable(model, exclude=()):
 def check_sparsity(value):
     """`value` as a float in [0, 1), or ValueError.
 
-    An integer 1 is refused apart: torch's pruning reads it as one weight and 1.0
-    as all of them.
+    1 is refused with a message of its own: torch's pruning reads 1 as one weight and
+    1.0 as all of them.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"sparsity {value!r} is no number; give a fraction in [0, 1), such as 0.7")
@@ -92,16 +92,16 @@ def check_sparsity(value):
 
 
 def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=(), score="l1", of="remaining"):
-    """Keep the weights of largest score, ranked over the whole network.
+    """Return masks that keep the weights with the largest scores, ranked over the whole network.
 
     sparsity: the fraction to remove of the weights that `masks` still keeps, so
     that rounds compound (0.7 twice leaves 9 %), or with of="all" the fraction of
-    all weights that are then removed. minimum_density: the share of each layer
-    that is kept whatever its scores, at least one weight, so that no layer is
-    emptied. score: a key of `SCORES`. Returns {name:
-    bool tensor of the weight's shape}; the model is not changed. Counts are exact
-    under ties. Raises ValueError for a sparsity outside [0, 1), weights that are
-    not finite, densities that cannot be held, or another score or `of`.
+    all weights that are then removed. minimum_density: the fraction of each
+    layer that is kept whatever its scores, at least one weight, so that no layer is
+    emptied. score: a key of `SCORES`. Returns {name: bool tensor of the weight's
+    shape}; the model is not changed. Counts are exact even with ties. Raises
+    ValueError for a sparsity outside [0, 1), weights that are not finite, a minimum
+    density that cannot be kept, or another score or `of`.
     """
     if score not in SCORES:
         raise ValueError(f"score {score!r}: choose from {', '.join(SCORES)}")
@@ -122,9 +122,9 @@ def global_masks(model, sparsity, masks=None, minimum_density=0.01, exclude=(), 
 
 
 def check_sparsities(model, sparsities, masks=None, minimum_density=0.01, exclude=(), of="remaining"):
-    """ValueError where `global_masks`, one sparsity after the other, cannot hold the minimum density; by counts alone.
+    """Raise ValueError if `global_masks`, for one sparsity after the other, cannot keep the minimum density.
 
-    model may be on torch's meta device: none of its weights is read.
+    Only counts are used: model may be on torch's meta device, since no weight is read.
     """
     weights, masks = prunable(model, exclude), masks or {}
     counts = {name: int(masks[name].sum()) if name in masks else weight.numel() for name, weight in weights.items()}
@@ -136,21 +136,21 @@ def check_sparsities(model, sparsities, masks=None, minimum_density=0.01, exclud
 
 
 def to_remove(sparsity, remaining, whole, of):
-    """How many of the `remaining` weights `global_masks` takes out; whole: with those that are out already."""
+    """How many of the `remaining` weights `global_masks` removes; whole: including those already removed."""
     return round(sparsity * remaining) if of == "remaining" else max(0, round(sparsity * whole) - whole + remaining)
 
 
 def refuse_thinner(sparsity, left, held, minimum_density):
-    """ValueError where fewer weights would be `left` than the minimum density holds."""
+    """Raise ValueError if fewer weights would be `left` than the minimum density keeps."""
     if left < held:
         raise ValueError(f"sparsity {sparsity} leaves {left:,} weights, but a minimum density of {minimum_density} by "
                          f"layer holds {held:,}; lower one of them")
 
 
 def ranked(scores, masks, protected, removed):
-    """The masks after `removed` more weights, those of the smallest scores that are not protected, are taken out.
+    """Return the masks after removing `removed` more weights: those with the smallest scores, except protected ones.
 
-    All are made contiguous: torch's pruning cannot rank weights in channels_last, which they are in on CUDA.
+    All tensors are made contiguous: torch's pruning cannot rank weights in channels_last, their layout on CUDA.
     """
     holders, importance = {}, {}
     for name, score in in_order(scores, masks).items():
@@ -165,9 +165,9 @@ def ranked(scores, masks, protected, removed):
 
 
 def in_order(scores, masks):
-    """The scores, or where one is negative their ranks among all: torch's pruning ranks by magnitude.
+    """Return the scores or, if any is negative, their ranks over all layers: torch's pruning ranks by magnitude.
 
-    ValueError for a NaN among those that `masks` keeps.
+    Raises ValueError for a NaN score of a weight that `masks` keeps.
     """
     wrong = {name: int(torch.isnan(score[masks[name]]).sum()) for name, score in scores.items()}
     for name, count in wrong.items():
@@ -184,7 +184,7 @@ def in_order(scores, masks):
 
 
 def floor_of(weight, mask, density):
-    """The largest entries of one layer, at least one and at least the share `density`, as a bool tensor."""
+    """Mark the largest weights of one layer, at least one and at least the fraction `density`, in a bool tensor."""
     if not 0 <= density <= 1:
         raise ValueError(f"minimum density {density} is outside [0, 1]")
     count = floor_count(weight, density, int(mask.sum()))
@@ -195,12 +195,12 @@ def floor_of(weight, mask, density):
 
 
 def floor_count(weight, density, kept):
-    """How many weights of a layer stay whatever their scores, where `kept` are left."""
+    """How many of a layer's `kept` weights stay whatever their scores."""
     return min(max(1, math.ceil(density * weight.numel())), kept)
 
 
 def refuse_nonfinite(weights):
-    """ValueError that names the first tensor with a NaN or infinity and counts them."""
+    """Raise ValueError that names the first tensor with a NaN or infinity and counts them."""
     for name, weight in weights.items():
         wrong = int((~torch.isfinite(weight)).sum())
         if wrong:
@@ -208,22 +208,22 @@ def refuse_nonfinite(weights):
 
 
 def held_layers(masks, minimum_density):
-    """Names of the layers that stand at their minimum density: global ranking alone would thin them further."""
+    """Names of the layers at their minimum density: global ranking alone would prune them further."""
     return [name for name, mask in masks.items()
             if int(mask.sum()) <= max(1, math.ceil(minimum_density * mask.numel()))]
 
 
 @torch.no_grad()
 def apply_masks(model, masks):
-    """Set the weights that `masks` drops to exactly zero, in place."""
+    """Set the weights that `masks` prunes to exactly zero, in place."""
     for name, mask in masks.items():
         model.get_parameter(name).mul_(mask)
 
 
 def mask_pairs(model, masks):
-    """(weights, masks as numbers of their type and layout): two lists, for `mask_weights` and `mask_gradients`.
+    """Return (weights, masks as numbers of their dtype and layout), two lists for `mask_weights` and `mask_gradients`.
 
-    In each step one call for all is quicker than one a layer, and numbers are multiplied with quicker than bools.
+    In each step one call for all layers is faster than one per layer, and multiplying by numbers than by bools.
     """
     weights = [model.get_parameter(name) for name in masks]
     return weights, [torch.zeros_like(weight.detach()).copy_(mask)
@@ -238,9 +238,9 @@ def mask_weights(weights, masks):
 
 
 def mask_gradients(weights, masks):
-    """Zero the gradients of dropped weights, so that norms and momentum see the network that is trained.
+    """Zero the gradients of pruned weights, so that gradient norms and momentum ignore them.
 
-    weights, masks: of `mask_pairs`.
+    weights, masks: from `mask_pairs`.
     """
     found = [(weight.grad, mask) for weight, mask in zip(weights, masks, strict=True) if weight.grad is not None]
     if found:
@@ -253,25 +253,25 @@ def sparsity_of(model, exclude=()):
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
-# ---- channels that leave for a number of multiply-adds
+# ---- channels removed to reach a number of multiply-adds
 
 def narrow(model, macs, shape, layers=(), average=None, optimizer=None, masks=None, exclude=()):
     """Remove the weakest channels within the blocks of `model` until an image takes at most `macs` multiply-adds.
 
-    How strong a channel is: the magnitudes of the weights that make it times those of
-    the weights that read it, each relative to the mean of its layer. One limit holds
-    for the whole network; streams stay, and so do channels that groups have to share
-    evenly. shape: (C, H, W) of one image; layers: names of those that lose channels,
-    all where there is none; exclude: of those that stay as they are. average,
-    optimizer, masks: see `shrinking.remove`.
-    Returns {layer: (channels before, after)} of what changed. ValueError with the
-    fewest multiply-adds that are possible.
+    A channel's strength is the magnitude of the weights that make it times that of the
+    weights that read it, each relative to the mean of its layer. One limit applies to
+    the whole network; residual streams are not narrowed, and channels are kept where
+    groups must stay equally wide. shape: (C, H, W) of one image; layers: names of the
+    layers that may lose channels, all if empty; exclude: names of those that stay
+    unchanged. average, optimizer, masks: see `shrinking.remove`.
+    Returns {layer: (channels before, after)} of what changed. Raises ValueError, with
+    the fewest multiply-adds that are possible, if `macs` cannot be reached.
     """
     strengths = {space["name"]: strength_of(model, space) for space in inner_spaces(model, layers, exclude)}
-    limits = torch.cat([torch.tensor([-1.0]), *strengths.values()]).unique()      # rising; below the first none leaves
+    limits = torch.cat([torch.tensor([-1.0]), *strengths.values()]).unique()      # ascending; the first removes none
     low, high = 0, len(limits) - 1
     refuse_wider(macs, narrowed_macs(model, strengths, limits[high], shape))
-    while low < high:                     # the lowest limit that is enough
+    while low < high:                     # binary search: the lowest limit that is enough
         middle = (low + high) // 2
         enough = narrowed_macs(model, strengths, limits[middle], shape) <= macs
         low, high = (low, middle) if enough else (middle + 1, high)
@@ -279,23 +279,23 @@ def narrow(model, macs, shape, layers=(), average=None, optimizer=None, masks=No
 
 
 def check_macs(model, macs, shape, layers=(), exclude=()):
-    """ValueError where `narrow` cannot get down to `macs` multiply-adds, or for a layer that cannot lose channels."""
+    """Raise ValueError if `narrow` cannot reach `macs` multiply-adds, or for a layer that cannot lose channels."""
     every = {space["name"]: torch.zeros(len(model.get_submodule(space["makers"][0]).weight))
              for space in inner_spaces(model, layers, exclude)}
     refuse_wider(macs, narrowed_macs(model, every, 0.0, shape))
 
 
 def refuse_wider(macs, least):
-    """ValueError where the `least` multiply-adds that are possible are more than `macs`."""
+    """Raise ValueError if the `least` possible number of multiply-adds is above `macs`."""
     if least > macs:
         raise ValueError(f"--macs {macs}: without any channel that can leave the network still has {least:,} "
                          "multiply-adds; give as many or more")
 
 
 def inner_spaces(model, layers=(), exclude=()):
-    """The channel spaces that lie within blocks, or between layers in a row, and train; of the `layers`, if any.
+    """The trained channel spaces within blocks, or between consecutive layers; only those of `layers`, if any.
 
-    Those that a layer of `exclude` makes or reads are left out. ValueError for one that is not there.
+    Spaces that a layer of `exclude` makes or reads are left out. Raises ValueError for a layer without a space.
     """
     spaces = {space["name"]: space for space in shrinking.trained_spaces(model) if not space["branch"]
               and not set(exclude) & {*space["makers"], *space["readers"]}}
@@ -307,14 +307,14 @@ def inner_spaces(model, layers=(), exclude=()):
 
 @torch.no_grad()
 def strength_of(model, space):
-    """(C,) strengths of the channels of a space, 1 on average of what makes and of what reads them."""
+    """(C,) strengths of a space's channels: making times reading magnitudes, each scaled to a mean of 1."""
     made = shrinking.magnitudes(shrinking.made_weights(model, space))
     read = sum(shrinking.magnitudes(shrinking.read_weights(model, space, reader)) for reader in space["readers"])
     return made / made.mean().clamp_min(1e-30) * read / read.mean().clamp_min(1e-30)
 
 
 def remove_weak(model, strengths, limit, average=None, optimizer=None, masks=None):
-    """Remove the channels no stronger than `limit`, as far as groups stay even; returns what `narrow` returns."""
+    """Remove the channels no stronger than `limit`, as far as groups stay equally wide. Returns what `narrow` does."""
     changed = {}
     for space in inner_spaces(model, strengths) if strengths else ():
         strength = strengths[space["name"]]
@@ -332,7 +332,7 @@ def narrowed_macs(model, strengths, limit, shape):
     return macs_of(smaller, shape)
 
 
-# ---- sparsity over time: which sparsity a step asks for, or None where it does not prune
+# ---- sparsity over time: the sparsity to reach at a step, or None if nothing is pruned there
 
 def constant_schedule(step, sparsity, begin, end, frequency):
     """`sparsity` at step `begin`, every `frequency` steps after it, and at `end`; else None."""
@@ -358,7 +358,7 @@ def fires(step, begin, end, frequency):
 
 
 def check_schedule(sparsities, begin, end, frequency):
-    """ValueError unless 0 <= s < 1, begin >= 0, end > begin and frequency > 0."""
+    """Raise ValueError unless 0 <= s < 1, begin >= 0, end > begin and frequency > 0."""
     for sparsity in sparsities:
         check_sparsity(sparsity)
     if begin < 0 or end <= begin or frequency <= 0:

@@ -1,6 +1,6 @@
-"""Numeric precision: of a trained network, and of one that trains with few bits.
+"""Numeric precision: convert a trained network, or train a quantized one (LSQ).
 
-    note = set_precision(model, "half", device)    # then evaluate as always
+    dtype, note = set_precision(model, "half", device)    # then evaluate as always, inputs in dtype
 
     bits = layer_bits(model, 2, 4)                 # {layer: [weights, activations]}; first and last layer at 8
     quantize_layers(model, bits, input_ranges(model, batches))
@@ -8,12 +8,12 @@
 
 The second is LSQ: every convolution and linear layer rounds its weights and its
 inputs to integers times a step, and the steps are learned with the weights (Esser
-et al. 2020, arXiv:1902.08153). A weight step belongs to one output channel, so
-that depthwise filters of different sizes fit; at inference it is one factor with
-batch norm's scale. An activation step belongs to one layer. Inputs that follow a
-ReLU are integers from 0; others, the image among them, get a learned offset as
-in LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576), rounded to whole steps: then zero
-is an integer too, and the zeros around an image stay exact.
+et al. 2020, arXiv:1902.08153). There is one weight step per output channel, so that
+depthwise filters of different magnitudes fit; at inference it is multiplied into batch
+norm's scale. There is one activation step per layer. Inputs that follow a ReLU are
+integers from 0; others, such as the image, get a learned offset as in LSQ+ (Bhalgat
+et al. 2020, arXiv:2004.09576), rounded to a whole number of steps: then zero is an
+integer too, and the zero padding of an image stays exact.
 """
 import itertools
 import re
@@ -28,17 +28,17 @@ from engine.strides import picked
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 STEPS = ("weight_step", "activation_step", "activation_offset")      # parameters of a quantized layer
-SMALLEST = 1e-6      # a step that an update takes below it is set to it
+SMALLEST = 1e-6      # lower bound of every step
 
 
 def set_precision(model, precision, device):
-    """Convert `model` in place to "float", "half" or "bfloat16". Returns (input dtype, a note for people).
+    """Convert `model` in place to "float", "half" or "bfloat16". Returns (input dtype, a sentence that says how).
 
     On CUDA the arithmetic itself then runs in the precision asked for. On a CPU,
     where half and bfloat16 arithmetic is slower than float32, the weights are
-    rounded to the precision and the arithmetic stays in float32; the note says
-    which it was. A network of few bits has its own precision and stays as it is.
-    Raises ValueError with the tensors that are not finite, or that half precision
+    rounded to the precision and the arithmetic stays in float32; the sentence says
+    which of the two. A quantized network has its own precision and is not changed.
+    Raises ValueError with the tensors that are not finite, or that the precision
     cannot hold, and their largest value.
     """
     bits = bits_of(model)
@@ -58,38 +58,38 @@ def set_precision(model, precision, device):
 # ---- integers times a step
 
 def straight_through(value, through):
-    """`value` to the bit, with the gradient of `through`."""
+    """`value` unchanged, with the gradient of `through` (straight-through estimator)."""
     return value.detach() + (through - through.detach())
 
 
 def codes_of(values, step, low, high):
-    """round(clip(values / step, low, high)): integers as floats; rounding passes gradients as if it were not there.
+    """round(clip(values / step, low, high)): integers stored as floats; the gradient ignores the rounding.
 
-    step, low, high: tensors that broadcast with `values`, or numbers. Times the
-    step it is arXiv:1902.08153, equations 1 and 2, and its gradients are equations 3
-    and 5: for the step round(v/s) - v/s within the range and its bound outside, for a
-    value 1 within and 0 outside.
+    step, low, high: tensors that broadcast with `values`, or numbers. Multiplied by
+    the step, this is arXiv:1902.08153, equations 1 and 2, and its gradients are equations 3
+    and 5: of the step, round(v/s) - v/s within the range and the range's bound outside; of a
+    value, 1 within the range and 0 outside.
     """
     clipped = (values / step).clamp(low, high)
     return straight_through(clipped.round(), clipped)
 
 
 def scaled_gradient(step, scale):
-    """`step` to the bit, its gradient times `scale` (arXiv:1902.08153, section 2.2)."""
+    """`step` unchanged, its gradient multiplied by `scale` (arXiv:1902.08153, section 2.2)."""
     return step.detach() + (step - step.detach()) * scale
 
 
 def weight_range(bits):
-    """(lowest, highest) integer of a weight: -2^(b-1) and 2^(b-1) - 1; of one bit -1 and 1, the signs."""
+    """(lowest, highest) integer of a weight: -2^(b-1) and 2^(b-1) - 1; with one bit -1 and 1, the signs."""
     return (-1, 1) if bits == 1 else (-2 ** (bits - 1), 2 ** (bits - 1) - 1)
 
 
 def weight_codes(layer):
-    """(integers as floats, of the weight's shape; the step by output channel, (outputs,), gradients scaled).
+    """(integers as floats, shaped like the weight; a step for each output channel, (outputs,), gradients scaled).
 
-    One bit is LSQ's degenerate case: the sign times a learned step. There is no
-    range to leave, so every weight takes the gradient. A weight of exactly 0, which
-    only masks make, is 0 with any number of bits.
+    One bit is a special case of LSQ: the sign times a learned step. There is no clipping,
+    so every weight receives the gradient. A weight of exactly 0, which only a pruning mask
+    produces, is 0 with any number of bits.
     """
     low, high = weight_range(layer.weight_bits)
     step = scaled_gradient(layer.weight_step, (layer.weight[0].numel() * high) ** -0.5)
@@ -100,10 +100,10 @@ def weight_codes(layer):
 
 
 def input_codes(layer, inputs):
-    """(integers as floats, of the inputs' shape; the activation step, a scalar, gradients scaled).
+    """(integers as floats, shaped like the inputs; the activation step, a scalar, gradients scaled).
 
-    From 0 to 2^b - 1; of signed inputs from round(offset / step), as many. N of the
-    gradients' scale 1 / sqrt(N Q) counts the features of one image.
+    The integers range from 0 to 2^b - 1; for signed inputs from round(offset / step) to that
+    plus 2^b - 1. N in the gradients' scale 1 / sqrt(N Q) is the number of features of one image.
     """
     high, inputs = 2 ** layer.activation_bits - 1, inputs.float()
     scale = (inputs[0].numel() * high) ** -0.5
@@ -114,7 +114,7 @@ def input_codes(layer, inputs):
 
 
 def rescaled(sums, step, scale, bias):
-    """Sums of integers (N, outputs, ...) back to numbers: times the steps, plus the bias of each output."""
+    """Convert sums of integers, (N, outputs, ...), to outputs: multiply by both steps, add each output's bias."""
     shape = (1, -1, *[1] * (sums.dim() - 2))
     outputs = sums * (step * scale).view(shape)
     return outputs if bias is None else outputs + bias.view(shape)
@@ -123,12 +123,12 @@ def rescaled(sums, step, scale, bias):
 # ---- layers
 
 class QuantizedConv2d(nn.Conv2d):
-    """A convolution of integers: its inputs and weights are rounded, and the sums are scaled back.
+    """A quantized convolution: inputs and weights are rounded to integers, the sums are scaled back.
 
-    `quantized` makes one of a plain layer. Convolving integers, not their multiples,
-    keeps float32 sums exact below 2^24, as those of `integer_inference` are. Training
-    may compute it in bfloat16, which holds the integers exactly (up to 256) and rounds
-    each sum once.
+    `quantized` converts a plain layer to this class. Convolving the integers themselves,
+    before multiplying by the steps, keeps float32 sums below 2^24 exact, as in
+    `integer_inference`. Training may compute it in bfloat16, which represents the integers
+    exactly (up to 256) and rounds each sum once.
     """
 
     def forward(self, images):
@@ -139,16 +139,16 @@ class QuantizedConv2d(nn.Conv2d):
         return rescaled(sums, step, scale, self.bias)
 
     def integers(self):
-        """The weights as the network multiplies with them, int8."""
+        """The integer weights that the network computes with, int8."""
         return weight_codes(self)[0].detach().to(torch.int8)
 
     def like(self, plain):
-        """A plain layer, quantized to the bits of this one."""
+        """A plain layer, quantized to the bits of this layer."""
         return quantized(plain, [self.weight_bits, self.activation_bits])
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer of integers, otherwise as `QuantizedConv2d`."""
+    """A quantized linear layer, see `QuantizedConv2d`."""
 
     integers, like = QuantizedConv2d.integers, QuantizedConv2d.like
 
@@ -159,10 +159,10 @@ class QuantizedLinear(nn.Linear):
 
 
 def quantized(layer, bits, extent=None):
-    """A plain convolution or linear layer made a quantized one, in place: the same object with the same parameters.
+    """Convert a plain convolution or linear layer to a quantized one, in place: same object, same parameters.
 
     bits: [of weights, of activations]; extent: (mean magnitude, lowest, highest) of its
-    inputs, to begin the steps with; without, they wait for a file's.
+    inputs, which initialises the activation step; without it, the step is to be loaded from a file.
     """
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         raise ValueError(f"a convolution of few bits pads with zeros, not with padding_mode {layer.padding_mode!r}")
@@ -181,11 +181,11 @@ def quantized(layer, bits, extent=None):
 
 @torch.no_grad()
 def first_weight_step(weight, bits):
-    """2 mean|w| / sqrt(Q) for each output channel, (outputs,) (arXiv:1902.08153, section 2.1); of one bit mean|w|.
+    """2 mean|w| / sqrt(Q) for each output channel, (outputs,) (arXiv:1902.08153, section 2.1); mean|w| for one bit.
 
-    The mean is of weights that are not zero, or a pruned channel would begin with
-    too small a step; a channel of zeros takes the step of its layer. Where even the largest
-    weight of a channel would round to zero, and so stay there, that weight is the step.
+    The mean is over the nonzero weights, since zeros would make the step of a pruned channel
+    too small; an all-zero channel takes the mean of its layer. Where even the largest weight
+    of a channel would round to zero, and stay there, that weight is the step.
     """
     flat = weight.flatten(1).abs()
     count = (flat > 0).sum(1)
@@ -202,7 +202,7 @@ def layers_of(model):
 
 
 def bits_of(model):
-    """{layer: [bits of weights, of activations]} of the layers that have few; {} of a network of floats."""
+    """{layer: [bits of weights, of activations]} of the quantized layers; {} for a float32 network."""
     return {name: [module.weight_bits, module.activation_bits] for name, module in model.named_modules()
             if hasattr(module, "weight_bits")}
 
@@ -210,9 +210,9 @@ def bits_of(model):
 def layer_bits(model, weight_bits, activation_bits, given=()):
     """{layer: [bits of weights, of activations]} for every convolution and linear layer.
 
-    The first convolution and the last linear layer have 8 and 8; given: texts like
-    conv1=8/8, layer=weights/activations, that override. ValueError for a text that does
-    not read so, or a layer that is not there.
+    The first convolution and the last linear layer have 8 and 8; given: overrides, texts of the
+    form layer=weights/activations such as conv1=8/8. ValueError for a text of another form, or an
+    unknown layer.
     """
     layers = layers_of(model)
     ends = [next((name for name in names if isinstance(layers[name], kind)), None)
@@ -231,10 +231,10 @@ def layer_bits(model, weight_bits, activation_bits, given=()):
 
 
 def quantize_layers(model, bits, ranges=None):
-    """Quantize the layers that `bits` names, in place; returns the model.
+    """Quantize the layers named in `bits`, in place; returns the model.
 
-    bits: as of `layer_bits`; ranges: of `input_ranges`. ValueError for a layer that is
-    not there, or bits outside 1 to 8, as an altered file may have them.
+    bits: from `layer_bits`; ranges: from `input_ranges`. ValueError for an unknown layer
+    or for bits outside 1 to 8, which an altered file may contain.
     """
     layers = layers_of(model)
     for name, pair in bits.items():
@@ -247,10 +247,10 @@ def quantize_layers(model, bits, ranges=None):
 
 @torch.no_grad()
 def input_ranges(model, batches, count=2):
-    """{layer: (mean magnitude, lowest, highest)} of what each convolution and linear layer reads.
+    """{layer: (mean magnitude, lowest, highest)} of the inputs of each convolution and linear layer.
 
-    batches: of images as they are, of which `count` are taken, with batch norm's
-    statistics of each, as in training; the model is afterwards as it was.
+    batches: of images without augmentation; the first `count` are used, with batch statistics
+    in batch norm, as in training. The model is unchanged afterwards.
     """
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = {name: [] for name in layers_of(model)}
@@ -275,9 +275,9 @@ def input_ranges(model, batches, count=2):
 
 
 def parameter_groups(model):
-    """For an optimizer: the parameters, and in a group of their own, without weight decay, the steps, if any.
+    """The parameter groups of an optimizer: the weights, and the quantization steps, if any, without weight decay.
 
-    A step is a scale and not a weight: decay would only push it off the grid that fits.
+    A step is a scale, not a weight: weight decay would only shrink it below its best value.
     """
     steps = [parameter for name, parameter in model.named_parameters() if name.split(".")[-1] in STEPS]
     others = [parameter for name, parameter in model.named_parameters() if name.split(".")[-1] not in STEPS]
@@ -286,7 +286,7 @@ def parameter_groups(model):
 
 @torch.no_grad()
 def keep_positive(model):
-    """Steps that an update took to zero or below come back to the smallest one, in place."""
+    """Clamp steps that an update made smaller than SMALLEST, zero or negative, in place."""
     for layer in model.modules():
         if hasattr(layer, "weight_step"):
             layer.weight_step.clamp_(min=SMALLEST)
@@ -295,9 +295,9 @@ def keep_positive(model):
 
 @torch.no_grad()
 def to_grid(model):
-    """Replace the weights of quantized layers by what they are rounded to, in place; the outputs stay.
+    """Replace the weights of quantized layers by their quantized values, in place; the outputs stay the same.
 
-    Rounding them to half precision then changes no integer. Returns the model.
+    Rounding these to half precision then changes no integer. Returns the model.
     """
     for layer in model.modules():
         if hasattr(layer, "weight_step"):
@@ -307,12 +307,12 @@ def to_grid(model):
 
 
 def without_bits(architecture):
-    """What rebuilds the network of floats that a quantized one is made of."""
+    """The architecture of the float32 network that a quantized one was made from."""
     return {name: value for name, value in architecture.items() if name != "bits"}
 
 
 def without_steps(state):
-    """A checkpoint's dictionary as of the network of floats: without its bits and steps; others as they are."""
+    """A checkpoint's dictionary without quantization (no bits, no steps); a float32 network's is returned as is."""
     if "bits" not in (state.get("architecture") or {}):
         return state
     weights = {name: tensor for name, tensor in state["weights"].items()

@@ -1,16 +1,16 @@
 """Tables and plots from finished runs: `python report.py runs/a runs/b --out results`.
 
-Reads config.json, history.csv and report.json (which test.py and profil.py
-write) of each run; without names, of all in runs/ and results/. Draws curves.png
-and layers.png beside each run, and writes table.md, table.csv, time.csv,
-accuracy_size.png, accuracy_time.png and accuracy_operations.png to --out, with a copy
-of each run's files there; a run and its copy count once. PFLOP are 10^15 operations
-of training, where history.csv has them. Runs that differ in nothing but their seed share a row: n, mean and
-standard deviation; `other settings` are those, shown in no column, that are not the
-recipe's. time.csv says after how many minutes of epochs, measuring
-included, each run first reached each --level, or the highest validation accuracy
-that all of one data set reached; a run that went on from other weights (--start) has
-no such time, and no curve in accuracy_time.png.
+Reads config.json, history.csv and report.json (written by test.py and profil.py) of each
+run; without names, of all runs in runs/ and results/. Draws curves.png and layers.png
+beside each run, and writes table.md, table.csv, time.csv, accuracy_size.png,
+accuracy_time.png and accuracy_operations.png to --out, with a copy of each run's files; a
+run and its copy count once. Runs that differ only in their seed share a row: n, mean and
+standard deviation. PFLOP are 10^15 operations of training, if history.csv has them. The
+column `other settings` holds settings without a column of their own that differ from the
+recipe's. time.csv holds the minutes of epochs, evaluation included, after which each run
+first reached each --level, or the highest validation accuracy that all runs on its data
+set reached. A run that started from other weights (--start) has no such time, and no curve
+in accuracy_time.png.
 """
 import engine.interrupts  # isort: skip  # noqa: F401
 import json
@@ -35,7 +35,7 @@ NOT_OF_THE_METHOD = {*names_of(SETTINGS, "free"), "seed", "lines", "script"} - {
 
 
 def read_run(folder):
-    """One run as a flat dictionary; FileNotFoundError or ValueError where a file is absent or no JSON."""
+    """One run as a flat dictionary; FileNotFoundError or ValueError if a file is missing or damaged."""
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "history.csv").is_file():
         raise FileNotFoundError(f"{folder} is no run: config.json or history.csv is missing")
@@ -63,7 +63,7 @@ def read_run(folder):
 
 
 def read_runs(folders):
-    """(the runs that can be read, what is wrong with the others); the error itself where none can be."""
+    """(the runs that can be read, error messages of the others); raises the first error if none can be read."""
     runs, wrong = [], []
     for folder in folders:
         try:
@@ -76,7 +76,7 @@ def read_runs(folders):
 
 
 def epochs_of(settings, history):
-    """The epochs of a run, "100+25+125"; of an L1 cycle, whose number of steps is not given, "8, then 3 a step"."""
+    """The epochs of a run: "100+25+125"; for an L1 cycle, whose number of steps is not set, "8, then 3 a step"."""
     rounds = [str(count) for count in history.groupby("round").size()]
     if settings.get("pruning") != "l1_cycle":
         return "+".join(rounds)
@@ -85,9 +85,9 @@ def epochs_of(settings, history):
 
 
 def row_of_result(history, settings, measured):
-    """The last row; of an L1 cycle, which ends with a network that it refuses, that of the network that it kept.
+    """The history's last row; for an L1 cycle, whose last network is over the limit, the row of the kept network.
 
-    measured: what was measured on the network: the epochs after which it was kept, or in older files its size.
+    measured: what was measured on the kept network: its number of epochs, or in older files its size.
     """
     if settings.get("pruning") != "l1_cycle":
         return history.iloc[-1]
@@ -99,21 +99,21 @@ def row_of_result(history, settings, measured):
 
 
 def complete(settings):
-    """The settings of a run with those that it is older than."""
+    """The settings of a run, with defaults for settings that were added after it."""
     return {**DEFAULTS, **RECIPES.get(settings["recipe"], {}), **settings}
 
 
 def comparable(settings):
-    """{name: text} of the settings by which runs are told apart; a path that names its seed does so as s*."""
+    """{name: text} of the settings that distinguish methods; in paths the run's own seed is replaced by s*."""
     seed = f"-s{settings['seed']}/"
     if settings.get("pruning") == "l1_cycle" and isinstance(settings["epochs"], list):
-        settings = {**settings, "epochs": settings["epochs"][:1]}      # it adds those of its steps
+        settings = {**settings, "epochs": settings["epochs"][:1]}      # the others were added by its steps
     return {name: (value if isinstance(value, str) else json.dumps(value)).replace(seed, "-s*/")
             for name, value in sorted(settings.items()) if name not in NOT_OF_THE_METHOD}
 
 
 def unusual(settings):
-    """The settings, shown in no other column, that are not those of the recipe, as "lr 0.1, resize 20"."""
+    """The settings without a column of their own that differ from the recipe's, as "lr 0.1, resize 20"."""
     recipe = settings["recipe"]
     usual = {**DEFAULTS, **RECIPES.get(recipe, {}), "recipe": recipe}
     usual = comparable({**usual, "seed": settings["seed"]})
@@ -143,11 +143,11 @@ def pruning_of(settings):
 
 
 def table_of(runs):
-    """One row for each set of runs that differ in their seed alone, as a DataFrame."""
+    """One row for each set of runs that differ only in their seed, as a DataFrame."""
     frame = pd.DataFrame([{name: value for name, value in run.items()
                            if name not in NOT_IN_TABLE} for run in runs])
     methods, tested = [json.dumps(run["settings"]) for run in runs], {}
-    for method, run in zip(methods, runs, strict=True):      # what was not tested goes with the first that was
+    for method, run in zip(methods, runs, strict=True):      # an untested run joins the first tested one
         tested[method] = tested.get(method) or run["precision"]
     frame["together"] = [json.dumps([method, run["precision"] or tested[method]])
                          for method, run in zip(methods, runs, strict=True)]
@@ -164,7 +164,7 @@ def table_of(runs):
 
 
 def markdown_of(table):
-    """The table for a README."""
+    """The table in Markdown."""
     names = ["run", "data", "network", "weights", "mixing", "epochs", "pruned", "other settings", "device", "n",
              "validation %", "test %", "parameters left", "removed", "MACs", "removed", "course score", "bytes",
              "PFLOP", "minutes"]
@@ -183,15 +183,15 @@ def markdown_of(table):
 
 
 def number(value, form):
-    """A formatted number, or a dash where a run has none."""
+    """A formatted number, or a dash if a run has none."""
     return "-" if pd.isna(value) else format(value, form)
 
 
 def times_of(runs, levels=()):
-    """Minutes of epochs until each run first had each level of validation accuracy (%), a row a run and level.
+    """Minutes of epochs until each run first reached each level of validation accuracy (%), a row per run and level.
 
-    levels: none is the highest that all runs on the same data set reached. A run that never had one has no minutes
-    there. Returns a DataFrame.
+    levels: if empty, the highest level that all runs on the same data set reached. A run that never reached a level
+    has no minutes there. Returns a DataFrame.
     """
     names, rows = ["run", "dataset", "network", "recipe", "device", "minutes"], []
     for run in runs:
@@ -208,9 +208,9 @@ def times_of(runs, levels=()):
 
 
 def distinct(runs):
-    """The runs, each once: of one and its copy, or its state after fewer epochs, the one that got further.
+    """The runs, each once: of a run and its copy, or an earlier state of it, the one with more epochs.
 
-    ValueError for two different runs of one name, whose copies would overwrite each other.
+    ValueError for two different runs with the same name, whose copies would overwrite each other.
     """
     chosen = {}
     for run in runs:
@@ -232,12 +232,12 @@ def distinct(runs):
 
 
 def rank_of(run):
-    """What of two copies of a run counts: the more epochs, then the one beside the network that its numbers are of."""
+    """The rank of a copy of a run, the highest counts: by number of epochs, then whether model.pt is beside it."""
     return len(run["history"]), (run["folder"] / "model.pt").exists()
 
 
 def one_a_seed(runs):
-    """The runs without repetitions of a seed, which say nothing more of the method; the first of each counts."""
+    """The runs without repetitions of the same settings and seed, which add no information; the first one counts."""
     chosen = {}
     for run in runs:
         first = chosen.setdefault((*(str(run[name]) for name in COLUMNS), run["other_settings"], run["seed"],
@@ -249,9 +249,9 @@ def one_a_seed(runs):
 
 
 def same_run(one, other):
-    """Whether two folders hold one run: one folder, or the epochs of one are, times and all, the other's first ones.
+    """Whether two folders hold the same run: the same folder, or the history of one begins with that of the other.
 
-    A run that went on may have other settings than its copy.
+    A run that was resumed may have other settings than its copy.
     """
     if one["folder"].resolve() == other["folder"].resolve():
         return True
@@ -261,7 +261,7 @@ def same_run(one, other):
 
 
 def check_kept(runs, out):
-    """ValueError where the copy of a run, out/<run>/, would overwrite that of another run of the same name."""
+    """ValueError where the copy of a run, out/<run>/, would overwrite that of another run with the same name."""
     for run in runs:
         copied = [out / run["run"] / name for name in ("config.json", "history.csv")]
         if all(path.exists() for path in copied) and not same_run(run, read_run(out / run["run"])):
@@ -270,7 +270,7 @@ def check_kept(runs, out):
 
 
 def draw_beside(run, out):
-    """curves.png and layers.png of a run, in its copy out/<run>/ and beside the run itself, where that can be."""
+    """Draw curves.png and layers.png into a run's copy, out/<run>/, and if possible into its own folder."""
     target = out / run["run"]
     for name, draw in (("curves.png", run_plots.draw_curves), ("layers.png", run_plots.draw_layers)):
         if name == "curves.png" or run["layers"]:
@@ -281,7 +281,7 @@ def draw_beside(run, out):
 
 
 def keep(run, out):
-    """Copy what a run's numbers stand on to out/<run>/: settings (no sources, no paths), history, report, confusion."""
+    """Copy a run's settings (no sources, no paths), history, report and confusion.png to out/<run>/."""
     target = out / run["run"]
     if target.resolve() == run["folder"].resolve():
         return
@@ -295,12 +295,12 @@ def keep(run, out):
         if (run["folder"] / name).exists():
             files.write(target / name, (run["folder"] / name).read_bytes())
     outdated = run_files.outdated(run["folder"])
-    if outdated:                          # beside the copy there is no network by which that would show
+    if outdated:                          # without the network beside the copy this could not be detected there
         files.merge_json(target / "report.json", dict.fromkeys(outdated, {}))
 
 
 def find_runs():
-    """The folders of all runs in results/ and runs/, those of one name side by side, that in runs/ first."""
+    """The folders of all runs in results/ and runs/; those with the same name side by side, the one in runs/ first."""
     found = [config.parent for parent in ("results", "runs") for config in sorted(Path(parent).glob("*/config.json"))
              if (config.parent / "history.csv").exists()]
     if not found:
@@ -315,20 +315,20 @@ def parse(argv):
     parser.add_argument("runs", nargs="*", help="folders of runs (all in runs/ and results/)")
     parser.add_argument("--out", default="results", help="where table and plots go (results)")
     parser.add_argument("--level", type=float, nargs="+", default=[], metavar="ACCURACY",
-                        help="validation accuracies in %% whose time is looked up (the highest that all runs reached)")
+                        help="validation accuracies in %% to find the times of (the highest that all runs reached)")
     parser.add_argument("--pages", action="store_true",
-                        help="nothing but the tables in README.md and docs/, from the files that they name")
+                        help="only update the tables in README.md and docs/ from the files that they name")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 
 
 def as_text(text):
-    """A text as UTF-8 can hold it: the name of a run's folder need not be UTF-8."""
+    """A text that UTF-8 can encode; the name of a run's folder need not be valid UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def main(argv):
-    """Read the runs, print the table, write, draw."""
+    """Read the runs, print and write the tables, draw the plots."""
     arguments = parse(argv)
     if arguments.pages:
         if not tables.pages_of("."):

@@ -4,11 +4,11 @@
     model = build("resnet18", groups=8)      # 1,411,146 parameters, 70,980,608 MACs
 
 He et al. 2015 (arXiv:1512.03385) with the CIFAR stem: one 3x3 convolution of
-stride 1, no max-pool. Every convolution but the stem has `groups` groups,
-shortcuts too, which divides its parameters and MACs by `groups`; `groups=1` is
+stride 1, no max-pool. Every convolution except the stem has `groups` groups,
+shortcuts included, which divides its parameters and MACs by `groups`; `groups=1` is
 the dense reference (11,173,962 parameters, 555,422,720 MACs).
 
-With the same groups everywhere the network is `groups` thin networks that meet
+With the same groups everywhere the network is `groups` narrow networks, joined
 only at the classifier. `shuffle=True` interleaves the groups' channels between
 the two convolutions of a block (Zhang et al. 2017, arXiv:1707.01083); it costs
 no parameter and no MAC.
@@ -25,7 +25,7 @@ def shuffle_channels(images, groups):
 
     images: (N, C, H, W), C a multiple of groups. Channel k of group g moves to
     position k * groups + g, so that each new group holds channels of every old
-    one, where there are at least as many channels in a group as groups. ShuffleNet, arXiv:1707.01083, section 3.1.
+    one, if a group has at least as many channels as there are groups. ShuffleNet, arXiv:1707.01083, section 3.1.
     """
     if moves_by_products(images):
         return MovedChannels.apply(images, torch.arange(images.shape[1]).view(groups, -1).T.flatten(), groups)
@@ -33,16 +33,16 @@ def shuffle_channels(images, groups):
 
 
 def interleaved(images, groups):
-    """What `shuffle_channels` returns, by views and a copy."""
+    """Compute `shuffle_channels` with views and a copy."""
     n, c, h, w = images.shape
-    if images.is_contiguous(memory_format=torch.channels_last):         # and so it stays
+    if images.is_contiguous(memory_format=torch.channels_last):         # the result is, too
         by_pixel = images.permute(0, 2, 3, 1).reshape(n, h, w, groups, c // groups)
         return by_pixel.transpose(3, 4).reshape(n, h, w, c).permute(0, 3, 1, 2)
     return images.reshape(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
 def take_channels(images, order):
-    """The channels of (N, C, H, W) images in another order, (K,) int64, in the memory layout that they have."""
+    """Return the channels `order`, (K,) int64, of (N, C, H, W) images, in the memory layout of the images."""
     if moves_by_products(images):
         return MovedChannels.apply(images, order, None)
     if images.is_contiguous(memory_format=torch.channels_last):
@@ -53,9 +53,9 @@ def take_channels(images, order):
 class MovedChannels(torch.autograd.Function):
     """`take_channels` of images in bfloat16 and channels_last, as a product with a matrix of zeros and ones.
 
-    For finite numbers that is exact, since each sum has one term that is not zero, and on a CPU it is quicker than
-    to gather and scatter numbers of two bytes.
-    groups: of `shuffle_channels`, if the order is its own; then only the gradient goes by the product.
+    For finite numbers it is exact, since at most one term of each sum is nonzero, and on a CPU it is faster than
+    gathering and scattering 2-byte numbers.
+    groups: of `shuffle_channels`, if `order` is its order; then only the gradient is computed as a product.
     """
 
     @staticmethod
@@ -73,12 +73,12 @@ class MovedChannels(torch.autograd.Function):
 
 
 def moves_by_products(images):
-    """Whether images train in bfloat16 on a CPU, in channels_last."""
+    """Whether images need a gradient and are bfloat16, on a CPU, in channels_last."""
     return (images.is_cpu and images.dtype == torch.bfloat16 and images.requires_grad
             and images.is_contiguous(memory_format=torch.channels_last))
 
 
-fx.wrap("shuffle_channels")      # they look at memory layouts, which a network that is traced does not have
+fx.wrap("shuffle_channels")      # they read memory layouts, which do not exist while a network is traced
 fx.wrap("take_channels")
 
 
@@ -89,7 +89,7 @@ def convolution(inputs, outputs, kernel, stride=1, groups=1):
 
 
 def add(shortcut, hidden, positions):
-    """The branch's outputs added to the shortcut's channels, or to those at `positions` alone (selective addition).
+    """Add the branch's outputs to the shortcut's channels, or only to those at `positions` (selective addition).
 
     shortcut: (N, C, H, W); hidden: (N, K, H, W); positions: None where K = C, else
     (K,) int64, distinct, on the same device. Zhou, Alvarez and Porikli 2016.
@@ -100,7 +100,7 @@ def add(shortcut, hidden, positions):
 
 
 class Shortcut(nn.Sequential):
-    """Nothing where the shape stays, else a 1x1 convolution and batch norm (option B)."""
+    """Identity if the shape does not change, else a 1x1 convolution and batch norm (option B)."""
 
     def __init__(self, inputs, outputs, stride, groups):
         if stride == 1 and inputs == outputs:
@@ -110,13 +110,13 @@ class Shortcut(nn.Sequential):
 
 
 class Block(nn.Module):
-    """What both kinds of block share: the shuffle within, and where the sum at the end goes.
+    """Base of both kinds of block: the shuffle within, and the channels that the branch is added to.
 
     order: after channels were removed, the (C,) channels of the first convolution
     in the order in which the second reads them; None while `shuffle_channels`
-    gives it. positions: the (C,) channels of the shortcut that the branch is
-    added to (selective addition); None where it is added to all. Without conv1
-    the branch is removed and the block is its shortcut.
+    gives the order. positions: the (C,) channels of the shortcut that the branch
+    is added to (selective addition); None if it is added to all. If conv1 is
+    None, the branch was removed and the block is its shortcut.
     """
 
     def __init__(self, groups, shuffle):
@@ -126,13 +126,13 @@ class Block(nn.Module):
         self.register_buffer("positions", None)
 
     def shuffle(self, hidden):
-        """The channels between the first two convolutions, interleaved where the network is built so."""
+        """Interleave the channels between the first two convolutions, if the network is built with a shuffle."""
         if self.order is not None:
             return take_channels(hidden, self.order)
         return shuffle_channels(hidden, self.mixed_groups) if self.mixed_groups else hidden
 
     def remove_branch(self):
-        """Leave the shortcut alone."""
+        """Remove the branch, so that only the shortcut is left."""
         for convolution, norm in self.branch:
             setattr(self, convolution, None)
             setattr(self, norm, None)
@@ -238,16 +238,17 @@ class ResNet(nn.Module):
 
 
 def space(name, makers, norms=(), readers=(), depthwise=(), unfold=1, shuffled=None, branch=None):
-    """A channel space, channels that can be removed together, as a dictionary of layer names.
+    """Describe a channel space, channels that can be removed together, as a dictionary of layer names.
 
-    name: the making layer's, or stream0, stream1, ... where a stage's sums tie the
-    outputs of several layers together. makers: the layers whose outputs these are.
-    norms: batch norms over just them. readers: the layers whose inputs they are.
-    depthwise: convolutions of one filter a channel over them. unfold: H W where a
-    linear layer reads flattened images (channel k is its inputs k unfold to
-    k unfold + unfold - 1). shuffled: the block that rearranges them between maker
-    and reader. branch: the block whose branch ends in them and adds them to its
-    shortcut; removing some takes its `positions`, and no reader changes.
+    name: that of the layer that makes the channels, or stream0, stream1, ... where
+    the sums of a stage tie the outputs of several layers together. makers: the layers
+    that output the channels. norms: the batch norms of exactly these channels.
+    readers: the layers that take them as inputs. depthwise: convolutions over them
+    with one filter per channel. unfold: H W where a linear layer reads flattened
+    images (channel k is its inputs k unfold to k unfold + unfold - 1). shuffled: the
+    block that rearranges them between maker and reader. branch: the block whose
+    branch ends in them and adds them to its shortcut; removing some sets its
+    `positions` and changes no reader.
     """
     return {"name": name, "makers": list(makers), "norms": list(norms), "depthwise": list(depthwise),
             "readers": list(readers), "unfold": unfold, "shuffled": shuffled, "branch": branch}
@@ -263,7 +264,7 @@ def branch_spaces(name, block):
 
 
 def initialise(model):
-    """He et al. 2015 (arXiv:1502.01852), fan-out, for convolutions; torch's default elsewhere."""
+    """Initialise convolutions as He et al. 2015 (arXiv:1502.01852), fan-out; other layers keep torch's default."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]

@@ -16,8 +16,8 @@ def cutmix(images, targets, generator, alpha=1.0, probability=1.0, per_sample=Fa
 
     images: (N, C, H, W) float; targets: (N, K) class probabilities; generator: on
     the same device, the only source of randomness. lambda ~ Beta(alpha, alpha);
-    alpha <= 0 means no mixing. With `probability`, for the batch or for each
-    sample, the box is pasted. Returns images and targets of the same shapes.
+    alpha <= 0 means no mixing. The box is pasted with `probability`, drawn for
+    the batch or for each sample. Returns images and targets of the same shapes.
     """
     if alpha <= 0 or probability <= 0:
         return images, targets
@@ -31,7 +31,7 @@ def cutmix(images, targets, generator, alpha=1.0, probability=1.0, per_sample=Fa
 
 
 def paste(images, targets, partner, share, rows, columns):
-    """CutMix for given draws: paste the partner's box, weight the targets by the area that is left.
+    """CutMix for given draws: paste the partner's box, weight the targets by the remaining area.
 
     partner: (N,) indices; share: (N,) or (1,) lambda in [0, 1]; rows, columns: the
     centres of the boxes, of the same shape as share. A box has the sides

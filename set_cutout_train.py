@@ -4,7 +4,7 @@
 
 DeVries and Taylor 2017 (arXiv:1708.04552). `train.py` calls it on each batch when the
 line MIXING = "cutout" is active. The square has three eighths of the image's side (12 of
-32 pixels, as airbench has it), is centred anywhere, and is clipped at the border.
+32 pixels, as in airbench), is centred anywhere, and is clipped at the border.
 """
 import torch
 
@@ -14,11 +14,11 @@ SIDE = 3 / 8
 
 
 def cutout(images, targets, generator, alpha=1.0, probability=1.0, per_sample=False):
-    """Blank a square of each image, each its own; the arguments are not written to.
+    """Blank a square in each image, at its own random place; the arguments are not written to.
 
     images: (N, C, H, W) float, normalised, so that 0 is the mean colour; targets: (N, K)
-    class probabilities, returned as they are; generator: on the same device. With
-    `probability` the whole batch, or with per_sample each image, is blanked; alpha <= 0 means none.
+    class probabilities, returned unchanged; generator: on the same device. The
+    whole batch, or with per_sample each image, is blanked with `probability`; alpha <= 0 means none.
     """
     if alpha <= 0 or probability <= 0:
         return images, targets

@@ -1,15 +1,15 @@
-"""Distillation: a small network learns from what a large one says of each image.
+"""Distillation: a small network learns from the outputs of a large one for each image.
 
     loss = distilled(loss, logits, teach(teacher, images), temperature=4, weight=0.9)
 
 Hinton et al. 2015 (arXiv:1503.02531), section 2. `train.py` calls it in each step
-when --teacher names a checkpoint. The teacher sees the batch as the student does, but at
-full size where --resize makes the student's smaller. So it composes with CutMix and
-mixup, whose soft targets stay in the other part of the loss.
+when --teacher names a checkpoint. The teacher gets the same batch as the student, but at
+full size if --resize makes the student's images smaller. So distillation works with
+CutMix and mixup, whose soft targets stay in the other part of the loss.
 
-With --teacher-views the teacher is asked once, about so many crops and mirrorings of every
-training image (Shen and Xing 2021, arXiv:2112.01528); the student sees just these, and
-mixes the stored logits as it mixes the images.
+With --teacher-views N the teacher runs once, on N crops and mirrorings of every training
+image (Shen and Xing 2021, arXiv:2112.01528); the student trains on just these, and mixes
+the stored logits as it mixes the images.
 """
 import torch
 import torch.nn.functional as F
@@ -18,29 +18,29 @@ from engine import checkpoint, parallel
 from engine.operations import macs_of
 from engine.settings import Setting
 
-UNWEIGHTED = (("distillation_weight", 0),)       # beside which a teacher changes nothing
+UNWEIGHTED = (("distillation_weight", 0),)       # with which a teacher changes nothing
 SETTINGS = {
     "teacher": Setting(None, "learn from this network too (distillation)", form=str, shown="CHECKPOINT",
                        unless=UNWEIGHTED),
-    "teacher_views": Setting(None, "ask the teacher once, about N crops and mirrorings of each training image", low=1,
+    "teacher_views": Setting(None, "run the teacher once, on N crops and mirrorings of each training image", low=1,
                              high=1000, form=int, shown="N", fixed=True, unless=UNWEIGHTED,
                              clashes=(((), "recipe", ("published",), "which draws its own crops; leave one out"),)),
     "temperature": Setting(4.0, "of the distillation", low=1e-3, high=1e3, only=(("teacher", ()),), unless=UNWEIGHTED),
-    "distillation_weight": Setting(0.9, "of the teacher's part in the loss", low=0, high=1,
+    "distillation_weight": Setting(0.9, "weight of the teacher's part in the loss", low=0, high=1,
                                    only=(("teacher", ()),)),
 }
 
 
 def check_settings(settings):
-    """ValueError where views are asked for of no teacher."""
+    """Raise ValueError if views are requested without a teacher."""
     if settings["teacher_views"] and not settings["teacher"]:
         raise ValueError("--teacher-views needs a --teacher to ask")
 
 
 def share_of_teacher(teacher, model, shape, views):
-    """(in each step, once in the beginning): a teacher's operations over those of a step of `model`, by image.
+    """(per step, once at the start): a teacher's operations per image, relative to those of a training step of `model`.
 
-    shape: (C, H, W) of an image; views: of --teacher-views, or None.
+    shape: (C, H, W) of an image; views: the number of --teacher-views, or None.
     """
     if teacher is None:
         return 0.0, 0.0
@@ -50,8 +50,8 @@ def share_of_teacher(teacher, model, shape, views):
 
 @torch.no_grad()
 def teach(teacher, images):
-    """The teacher's logits, (N, K) float, in evaluation mode and without gradients."""
-    if teacher.training:                  # not in each step: going through all modules takes a while
+    """Return the teacher's logits, (N, K) float32, in evaluation mode and without gradients."""
+    if teacher.training:                  # not in each step: eval() visits all modules, which takes a while
         teacher.eval()
     return teacher(images).float()
 
@@ -61,9 +61,9 @@ def distilled(loss, logits, teacher_logits, temperature, weight):
 
     loss: the student's own, a scalar; logits, teacher_logits: (N, K) float. T^2 keeps
     the gradients of the soft part as large as those of the hard one for every T;
-    T = 1 and weight = 1 is matching the teacher's probabilities alone.
+    with T = 1 and weight = 1 only the teacher's probabilities are matched.
     """
-    if temperature > 100 and logits.device.type != "mps":      # of what is left float32 tells little
+    if temperature > 100 and logits.device.type != "mps":      # float32 is too coarse for what is left
         logits, teacher_logits = logits.double(), teacher_logits.double()
     soft = F.kl_div(F.log_softmax(logits / temperature, 1), F.log_softmax(teacher_logits / temperature, 1),
                     reduction="batchmean", log_target=True).to(loss.dtype)
@@ -72,7 +72,7 @@ def distilled(loss, logits, teacher_logits, temperature, weight):
 
 @torch.no_grad()
 def ask(teacher, batches, views, precision, chunk=500):
-    """Draw `views` crops and mirrorings of every chosen training image of `batches`, and ask the teacher about each.
+    """Draw `views` crops and mirrorings of every chosen training image of `batches`, and store the teacher's logits.
 
     precision: a context for its forward passes. Returns {"views": (N, views, 3) int8 of
     `Batches.draw_moves`, "answers": (N, views, K) float16 logits}; rows of images that are not chosen are zero.
@@ -95,10 +95,10 @@ def ask(teacher, batches, views, precision, chunk=500):
 
 
 def take_views(run, precision):
-    """Give the training batches of `run` the views of --teacher-views, asked once and kept in its folder, views.pt.
+    """Give the training batches of `run` its --teacher-views, computed once and stored in its folder as views.pt.
 
-    precision: as of `ask`. Raises FileNotFoundError where the file of a run that goes on is gone, and ValueError where
-    it is of another teacher or other settings.
+    precision: see `ask`. Raises FileNotFoundError if the file of a resumed run is gone, and ValueError if it is of
+    another teacher or other settings.
     """
     batches, path, settings = run.train, run.out / "views.pt", run.settings
     if batches.views is not None:
@@ -107,7 +107,7 @@ def take_views(run, precision):
           "line FLIPS": settings["flips"], "--dataset": settings["dataset"], "set of pictures": run.pictures_sha256}
     if parallel.agreed(path.exists()):
         held = checkpoint.read(path)
-        theirs = held.get("of", {})       # an older file does not say all
+        theirs = held.get("of", {})       # an older file lacks some of these
         changed = [name for name in of if theirs.get(name, of[name]) != of[name]]
         if changed:
             raise ValueError(f"{path} was asked with another {changed[0]}: give the one of the run's beginning, or "

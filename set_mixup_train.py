@@ -17,8 +17,8 @@ def mixup(images, targets, generator, alpha=1.0, probability=1.0, per_sample=Fal
 
     images: (N, C, H, W) float; targets: (N, K) class probabilities; generator: on
     the same device, the only source of randomness. lambda ~ Beta(alpha, alpha);
-    alpha <= 0 means no mixing. With `probability`, for the batch or for each
-    sample, images are mixed. Returns images and targets of the same shapes.
+    alpha <= 0 means no mixing. Images are mixed with `probability`, drawn for
+    the batch or for each sample. Returns images and targets of the same shapes.
     """
     if alpha <= 0 or probability <= 0:
         return images, targets

@@ -1,12 +1,13 @@
-"""Optimizers: SGD for every weight, or Muon for filters and SGD for what is left.
+"""Optimizers: SGD for every weight, or Muon for filters and SGD for the rest.
 
     optimizer = make_optimizer(model, settings)
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes the momentum of each
 matrix orthogonal before the step, by Newton-Schulz iterations, so that all of its
-directions move alike. A filter bank is a matrix of outputs x (inputs x kernel), and each
-group of a grouped convolution is one of its own. Batch norm, biases, depthwise filters
-and the classifier stay with SGD, which biases may follow faster (--bias-lr).
+singular directions get similar steps. A filter bank is a matrix of outputs x (inputs x
+kernel), and each group of a grouped convolution is a matrix of its own. Batch norm,
+biases, depthwise filters and the classifier are trained with SGD, biases with a learning
+rate of their own (--bias-lr).
 """
 import torch
 from torch import nn
@@ -26,9 +27,9 @@ SETTINGS = {
     **only("optimizer", ("muon",), {
         "muon_lr": Setting(0.02, "learning rate of the filters", low=1e-12, high=1e30),
         "muon_momentum": Setting(0.9, "of the filters", low=0, below=1),
-        "muon_decay": Setting(0.1, "weight decay of the filters, times their rate", low=0, high=1e30,
+        "muon_decay": Setting(0.1, "weight decay of the filters, times their learning rate", low=0, high=1e30,
                               only=(("optimizer", ("muon",)), ("keep_norm", (False,)))),
-        "keep_norm": Setting(False, "Muon: each filter bank keeps one norm, in place of weight decay", clashes=(
+        "keep_norm": Setting(False, "Muon: fix the norm of each filter bank, in place of weight decay", clashes=(
             ((True,), "weights", BINARY, "whose weights are clipped below that norm; leave one out"),)),
     }),
 }
@@ -37,21 +38,21 @@ ITERATIONS = 5
 
 
 def make_optimizer(model, settings, moved=None):
-    """What the line OPTIMIZER asks for: torch.optim.SGD or `Muon`, with the rates of `settings`; moved: see below."""
+    """Return the optimizer of the line OPTIMIZER: torch.optim.SGD or `Muon`; moved: see `parameter_groups`."""
     return {"muon": Muon, "sgd": torch.optim.SGD}[settings["optimizer"]](parameter_groups(model, settings, moved))
 
 
 def moved_by_muon(state):
-    """The names of what Muon moves, from an optimizer's `state_dict`; None where it does not say."""
+    """Names of the weights that Muon updates, from an optimizer's `state_dict`; None if it does not hold them."""
     return next((group["names"] for group in state["param_groups"] if "names" in group), None)
 
 
 def parameter_groups(model, settings, moved=None):
-    """The groups of an optimizer, each with its own lr, momentum, weight decay.
+    """The parameter groups of an optimizer, each with its own learning rate, momentum and weight decay.
 
     With Muon the filters come first; `blocks` says how many matrices each of them is. Biases have a group of their
-    own where --bias-lr is not 1, and so have the steps of few bits, which no weight decay pulls at. moved: the names of
-    what Muon moved when the round began, of which a layer may have become depthwise since; None: as the network is.
+    own if --bias-lr is not 1; quantization steps have one without weight decay. moved: names of the weights that Muon
+    updated when the round began (a layer may have become depthwise since); None: chosen from the network as it is.
     """
     filters = filters_of(model, moved) if settings["optimizer"] == "muon" else {}
     steps, biases, others = [], [], []
@@ -61,7 +62,7 @@ def parameter_groups(model, settings, moved=None):
         elif name not in filters:
             (biases if name.endswith("bias") and settings["bias_lr"] != 1 else others).append(parameter)
     rates = {"momentum": settings["momentum"], "lr": settings["lr"], "weight_decay": settings["weight_decay"],
-             "nesterov": settings["nesterov"] and settings["momentum"] > 0}         # without momentum there is none
+             "nesterov": settings["nesterov"] and settings["momentum"] > 0}         # Nesterov needs momentum
     groups = [{"params": others, **rates},
               {"params": biases, **rates, "lr": settings["lr"] * settings["bias_lr"],
                "weight_decay": settings["weight_decay"] / settings["bias_lr"]},
@@ -75,9 +76,9 @@ def parameter_groups(model, settings, moved=None):
 
 
 def filters_of(model, moved=None):
-    """{name: (weight, matrices it holds)} of what Muon moves: convolutions that are not depthwise, hidden layers.
+    """{name: (weight, matrices it holds)} of what Muon updates: hidden linear layers, convolutions not depthwise.
 
-    moved: the names, where they are known.
+    moved: the names, if they are known.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
     last = next((name for name in reversed(layers) if isinstance(layers[name], nn.Linear)), None)
@@ -87,11 +88,11 @@ def filters_of(model, moved=None):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups that have `blocks`, SGD for the others, as torch.optim.Muon and torch.optim.SGD have them.
+    """Muon for the groups that have `blocks`, SGD for the others, as in torch.optim.Muon and torch.optim.SGD.
 
     With keep_norm each filter bank is scaled to a norm of sqrt(outputs) before the
-    step, as airbench does: lr is then the share by which a step turns it, and decay
-    has nothing to do. Batch norm behind it does not notice the scale.
+    step, as in airbench: lr is then the size of a step relative to it, and weight
+    decay is not used. A batch norm after the layer cancels the scale.
     """
 
     def __init__(self, groups):
@@ -99,7 +100,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update from the gradients; a parameter without one stays. Closures are not supported."""
+        """Update the parameters that have a gradient; the others stay. Closures are not supported."""
         for group in self.param_groups:
             moved = [weight for weight in group["params"] if weight.grad is not None]
             for weight in moved:
@@ -140,9 +141,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices):
-    """(B, R, C) matrices, each replaced by about the nearest orthogonal one; zeros stay zeros.
+    """Replace each of (B, R, C) matrices by approximately the nearest orthogonal one; zeros stay zeros.
 
-    Computed in bfloat16, which is enough, or in float32 on a CPU that would only simulate it, 20 times slower.
+    Computed in bfloat16, which is precise enough, or in float32 on CPUs that only simulate bfloat16, 20 times slower.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]

@@ -1,6 +1,6 @@
 """Pruning while training: what the line PRUNING does after a step, at an epoch's end, and to the loss.
 
-`train.py` calls `prune_on_schedule` behind each update (lines "polynomial" and
+`train.py` calls `prune_on_schedule` after each update (lines "polynomial" and
 "constant"), `remove_channels` at each epoch's end (line "filters", and --macs), and
 adds `search_penalty` to the loss (line "morphnet"). Pruning between rounds is in
 `train_pruning.py`.
@@ -17,8 +17,9 @@ from engine.settings import Setting, check_each, flag_of, joined, line, only
 from filter_pruning import SHRINKING
 from pruning import GRADUAL
 
-OF_A_PRUNING = "sparsity", "score", "minimum_density", "exclude", "macs", "macs_layers"      # read when it comes
-FINETUNED = "rounds", "l1_cycle"      # of the lines PRUNING, those whose later rounds train on what pruning has left
+OF_A_PRUNING = "sparsity", "score", "minimum_density", "exclude", "macs", "macs_layers"      # read when a pruning runs
+FINETUNED = "rounds", "l1_cycle"      # choices of the line PRUNING whose later rounds fine-tune the pruned network
+ROUNDING = 1e-9       # 0.7 of 90 epochs is 62.99999999999999 in binary floating point
 SETTINGS = joined({
     "pruning": line("none", ("rounds", *GRADUAL, *SHRINKING), alone=(
         SHRINKING, "shrinks the network, which takes one process: run it without torchrun")),
@@ -32,7 +33,7 @@ SETTINGS = joined({
 # ---- before any training
 
 def join_rounds(settings, sparsity_given):
-    """Pruning that is not between rounds takes the epochs of all as one round, and what the sparsities compound to."""
+    """Merge the rounds into one if pruning is not between rounds: sum the epochs, compound the sparsities."""
     if settings["pruning"] in GRADUAL and len(settings["epochs"]) == len(settings["sparsity"]) + 1 > 1:
         settings["sparsity"] = [1 - math.prod(1 - share for share in settings["sparsity"])]
         settings["epochs"] = [sum(settings["epochs"])]
@@ -43,9 +44,10 @@ def join_rounds(settings, sparsity_given):
 
 
 def as_joined(table, stored, given):
-    """The flags `given` to a run that goes on, with epochs and sparsities as `join_rounds` left them when it began.
+    """Return the flags `given` to a resumed run, with epochs and sparsities merged as `join_rounds` did at its start.
 
-    stored: its settings. To the epochs come the steps that an L1 cycle has made since, which nobody gives.
+    stored: the run's settings. The epochs of the steps that an L1 cycle has made since are appended, as no flag
+    gives them.
     """
     asked = {name: list(given.get(name, table[name].default)) for name in ("epochs", "sparsity")}
     asked["pruning"] = given.get("pruning", stored.get("pruning", table["pruning"].default))
@@ -56,7 +58,7 @@ def as_joined(table, stored, given):
 
 
 def check_settings(settings):
-    """ValueError where rounds and sparsities do not fit each other, or two settings of a pruning."""
+    """Raise ValueError if rounds and sparsities, or two settings of a pruning, do not fit each other."""
     how, epochs, sparsity = settings["pruning"], settings["epochs"], settings["sparsity"]
     if how == "none" and sparsity:
         raise ValueError(f"sparsity {sparsity} without pruning: train.py trains without, train_pruning.py prunes")
@@ -75,7 +77,7 @@ def check_settings(settings):
 
 
 def check_shrinking(settings, epochs, sparsity):
-    """The part of `check_settings` for what removes channels."""
+    """The part of `check_settings` for pruning that removes channels."""
     if sparsity or not epochs or len(epochs) > 1 and settings["pruning"] == "filters":
         raise ValueError(f"epochs {epochs} and sparsity {sparsity} do not fit: pruning {settings['pruning']!r} "
                          "removes channels, so it takes one number of epochs and no --sparsity")
@@ -90,9 +92,9 @@ def check_shrinking(settings, epochs, sparsity):
 
 
 def check_position(settings, state):
-    """ValueError where a run that goes on has come further than its `settings` let it, or by another way.
+    """Raise ValueError if a resumed run has come further than its `settings` allow, or with other settings.
 
-    state: round, epoch and settings are those of its checkpoint.
+    state: its checkpoint, with round, epoch and settings.
     """
     rounds, epochs, before = state["round"], settings["epochs"], state["settings"]
     for name in ("epochs", "sparsity"):
@@ -108,18 +110,18 @@ def check_position(settings, state):
                          "a new run with another --out")
     masks = state.get("masks") or {}
     zeros = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(1, sum(mask.numel() for mask in masks.values()))
-    lowered = settings["sparsity"] != before["sparsity"]      # of its own sparsity --macs may leave a few more zeros
+    lowered = settings["sparsity"] != before["sparsity"]      # if it is unchanged, --macs may leave a few more zeros
     if settings["pruning"] in GRADUAL and masks and lowered and settings["sparsity"][0] < zeros - 0.001:
         raise ValueError(f"sparsity {settings['sparsity'][0]}: the run has pruned {100 * zeros:.1f} % already, which "
                          "stay zero; give as much or more, or start a new run with another --out")
 
 
 def is_pruned(settings, round_, epoch):
-    """Whether the pruning of weights is over after so many epochs of a round, and nothing of it is still to come."""
+    """Whether the pruning of weights is finished after `epoch` epochs of the round `round_`."""
     if settings["pruning"] == "rounds":
         return round_ + 1 == len(settings["epochs"])
     epochs = settings["epochs"][0]
-    return settings["pruning"] in GRADUAL and (epoch > settings["prune_end"] * epochs or epoch == epochs)
+    return settings["pruning"] in GRADUAL and (epoch > settings["prune_end"] * epochs + ROUNDING or epoch == epochs)
 
 
 def is_over(settings, state):
@@ -132,7 +134,7 @@ def is_over(settings, state):
 
 
 def check_pruning(settings, model, masks, round_, steps, shape):
-    """ValueError, before any training, for what the rounds from `round_` on would fail at.
+    """Raise ValueError, before any training, for what would fail in the rounds from `round_` on.
 
     masks: of weights that are pruned already; steps: of one epoch; shape: (C, H, W) of one image.
     """
@@ -160,7 +162,7 @@ def check_pruning(settings, model, masks, round_, steps, shape):
 
 
 def check_narrowing(settings, model, shape):
-    """ValueError where --macs has no pruning to come with, several processes, or too few multiply-adds."""
+    """Raise ValueError if --macs has no pruning to run with, several processes, or too few multiply-adds."""
     if not settings["sparsity"]:
         raise ValueError(f"--macs {settings['macs']} comes with the last pruning, and there is none: give --sparsity")
     if parallel.ranks() > 1:
@@ -169,9 +171,9 @@ def check_narrowing(settings, model, shape):
 
 
 def check_budget(settings, model, search, rounds):
-    """ValueError where not even the smallest widths of `model` are within MorphNet's budget, or those of a later round.
+    """Raise ValueError if even the smallest widths of `model` exceed MorphNet's budget, in this or a later round.
 
-    rounds: that still search; the budget of each is a share of what the one before it has left.
+    rounds: how many still search; the budget of each is a fraction of what the one before it has left.
     """
     removable = morphnet.blocks_of(model)
     least = {space["name"]: 0 if space["name"] in removable else morphnet.groups_of(model, space)
@@ -184,12 +186,12 @@ def check_budget(settings, model, search, rounds):
 # ---- while training
 
 def rate_of_round(settings, round_):
-    """What the learning rates of a round, counted from 0, are multiplied by: --finetune-lr behind a pruning, else 1."""
+    """Factor on the learning rates of a round, counted from 0: --finetune-lr after a pruning, else 1."""
     return settings["finetune_lr"] if round_ and settings["pruning"] in FINETUNED else 1.0
 
 
 def prune_on_schedule(settings, step, steps, model, average, masks):
-    """Gradual pruning after `step` of `steps`: new masks where the schedule fires, else those that were.
+    """Prune gradually after `step` of `steps`. Returns new masks if the schedule fires, else `masks`.
 
     The masks are applied to the network and to its average, if that is not None.
     """
@@ -197,9 +199,12 @@ def prune_on_schedule(settings, step, steps, model, average, masks):
     schedule, *shares = {"constant": (pruning.constant_schedule, sparsity),
                          "polynomial": (pruning.polynomial_schedule, 0.0, sparsity)}[settings["pruning"]]
     wanted = schedule(step, *shares, *when)
-    if wanted is None:
-        return masks
-    masks = pruning.global_masks(model, wanted, masks, settings["minimum_density"], settings["exclude"],
+    return masks if wanted is None else rank(settings, wanted, model, average, masks)
+
+
+def rank(settings, sparsity, model, average, masks):
+    """Prune to `sparsity` of all weights. Returns the new masks, applied to the network and to its average."""
+    masks = pruning.global_masks(model, sparsity, masks, settings["minimum_density"], settings["exclude"],
                                  settings["score"], of="all")
     for network in (model, average):
         if network is not None:
@@ -214,16 +219,16 @@ def when_of(settings, steps):
 
 
 def ranks_at(settings, step, steps):
-    """Whether gradual pruning ranks the weights behind `step` of `steps`."""
+    """Whether gradual pruning ranks the weights after `step` of `steps`."""
     return pruning.fires(step, *when_of(settings, steps))
 
 
 def never_reduces(settings, parameters):
-    """Why --pruning filters removes nothing in a run of so many parameters, as a sentence; "" where it may."""
+    """Why --pruning filters removes nothing in a run with so many parameters, as a sentence; "" if it may."""
     if settings["pruning"] != "filters":
         return ""
     interval, stop, epochs = settings["filter_interval"], settings["filter_stop"], settings["epochs"][-1]
-    if interval > stop * epochs:
+    if interval > stop * epochs + ROUNDING:
         return (f"--pruning filters removes nothing in {epochs} epochs: its first epoch is --filter-interval "
                 f"{interval}, its last is {stop} of them (--filter-stop)")
     if not settings["filter_threshold"]:
@@ -235,7 +240,7 @@ def never_reduces(settings, parameters):
 
 
 def removes_strong(settings):
-    """Why channels are chosen by what says nothing in a run with binary weights, as a sentence; "" in others."""
+    """Why filter norms do not rank channels in a run with binary weights, as a sentence; "" in other runs."""
     by_length = (settings["pruning"] == "l1_cycle" or settings["macs"]
                  or settings["pruning"] == "filters" and settings["filter_measure"] == "filter")
     if settings["weights"] not in BINARY or not by_length:
@@ -250,7 +255,7 @@ def removes_channels(settings):
 
 
 def remove_channels(settings, epoch, steps, shape, model, average, optimizer, masks):
-    """What leaves the network after `epoch` epochs of a round, as text; "" where nothing does.
+    """Remove channels after `epoch` epochs of a round. Returns what was removed, as text; "" if nothing was.
 
     steps: of one epoch; shape: (C, H, W) of one image. Average, optimizer and masks shrink with it.
     """
@@ -258,12 +263,15 @@ def remove_channels(settings, epoch, steps, shape, model, average, optimizer, ma
         return ""
     if settings["pruning"] == "filters":
         return reduce_filters(settings, epoch, model, average, optimizer, masks)
-    last = when_of(settings, settings["epochs"][0] * steps)[1] // steps      # the epoch before the one that ends it
-    return narrow(settings, shape, model, average, optimizer, masks) if epoch >= last else ""
+    last = when_of(settings, settings["epochs"][0] * steps)[1] // steps      # the epochs before the one that it ends in
+    told = narrow(settings, shape, model, average, optimizer, masks) if epoch >= last else ""
+    if told and not last:                 # the schedule has ended in the first epoch, and would not rank again
+        masks |= rank(settings, settings["sparsity"][0], model, average, masks)
+    return told
 
 
 def narrow(settings, shape, model, average, optimizer, masks):
-    """Channels leave until --macs is met; which, as text: "" where it is met already."""
+    """Remove channels until --macs is met. Returns which, as text; "" if it is met already."""
     if macs_of(model, shape) <= settings["macs"]:
         return ""
     left = pruning.narrow(model, settings["macs"], shape, settings["macs_layers"], average, optimizer, masks,
@@ -273,13 +281,14 @@ def narrow(settings, shape, model, average, optimizer, masks):
 
 
 def reduce_filters(settings, epoch, model, average, optimizer, masks):
-    """After `epoch` epochs, every so often and until the stop: weak filters go to zero and leave the network.
+    """Remove weak filters after `epoch` epochs of a round, every --filter-interval epochs.
 
-    They stay from the epoch of --filter-stop on, or once there are no more than --filter-until parameters.
-    Average, optimizer and masks shrink with it. Returns what left, as text; "" where nothing did.
+    None are removed after the epoch of --filter-stop, or once there are no more than --filter-until parameters.
+    Average, optimizer and masks shrink with it. Returns what was removed, as text; "" if nothing was.
     """
     small = sum(weight.numel() for weight in model.parameters()) <= settings["filter_until"]
-    if small or epoch % settings["filter_interval"] or epoch > settings["filter_stop"] * settings["epochs"][-1]:
+    stop = settings["filter_stop"] * settings["epochs"][-1] + ROUNDING
+    if small or epoch % settings["filter_interval"] or epoch > stop:
         return ""
     turn = epoch // settings["filter_interval"] - 1 if settings["filter_one_layer"] else None
     found = filter_pruning.reduce_network(model, settings["filter_threshold"], settings["filter_relative"],
@@ -309,6 +318,6 @@ def search_penalty(settings, model, search):
 
 
 def hint_of(settings):
-    """The settings that a search which empties or explodes could change."""
+    """The settings to change if a search removes all channels or diverges, as text."""
     return (f"--morph-threshold {settings['morph_threshold']:g}, --morph-strength {settings['morph_strength']:g}, "
             f"--lr {settings['lr']:g}")

@@ -1,8 +1,8 @@
-"""Training with quantized weights: what the line WEIGHTS does to the weights of one step.
+"""Training with quantized weights: what the line WEIGHTS does to the weights in each step.
 
 `train.py` runs forward and backward within `step_weights`, calls `after_step`
-behind the optimizer, and evaluates within `evaluation_weights`. Layers of few bits
-("lsq") round their own weights and inputs as they run (`quantization.py`).
+after the optimizer's step, and evaluates within `evaluation_weights`. Quantized layers
+("lsq") round their weights and inputs in their own forward pass (`quantization.py`).
 """
 from contextlib import nullcontext
 
@@ -19,11 +19,11 @@ SETTINGS = {
         (("lsq",), "pruning", SHRINKING, "which removes channels: shrink a network of floats first, then --start from "
                                          "it"))),
     "binary_scale": Setting("glorot", "H of binary weights", choices=("one", "glorot"), only=(("weights", BINARY),)),
-    "weight_bits": Setting(2, "of weights with --weights lsq, first and last layer apart", low=1, high=8,
+    "weight_bits": Setting(2, "of weights with --weights lsq, except first and last layer", low=1, high=8,
                            only=(("weights", ("lsq",)),)),
-    "activation_bits": Setting(4, "of activations with --weights lsq, first and last layer apart", low=1, high=8,
+    "activation_bits": Setting(4, "of activations with --weights lsq, except first and last layer", low=1, high=8,
                                only=(("weights", ("lsq",)),)),
-    "layer_bits": Setting([], "of single layers (the first convolution and the last linear layer 8/8)", form=str,
+    "layer_bits": Setting([], "of single layers (first convolution and last linear layer: 8/8)", form=str,
                           many="+", shown="LAYER=W/A", only=(("weights", ("lsq",)),)),
 }
 
@@ -31,9 +31,9 @@ SETTINGS = {
 def step_weights(model, weights, scale, generator, masks):
     """A context in which `model` has the weights of a training step.
 
-    weights: "float" and "lsq" (as they are), "binary" (their signs) or "binary-stochastic"
+    weights: "float" and "lsq" (unchanged), "binary" (their signs) or "binary-stochastic"
     (drawn from `generator`); scale: H, "one" or "glorot"; masks: of pruned weights.
-    ValueError for another word.
+    Raises ValueError for any other value.
     """
     check_weights(weights)
     if weights not in BINARY:
@@ -43,7 +43,7 @@ def step_weights(model, weights, scale, generator, masks):
 
 
 def after_step(model, weights, scale):
-    """What follows an update: binary training clips the real weights to [-H, H], lsq keeps its steps above 0."""
+    """Correct the weights after an update: binary training clips them to [-H, H], lsq keeps its steps above 0."""
     check_weights(weights)
     if weights in BINARY:
         binaryconnect.BC(model, scale).clip()
@@ -52,15 +52,15 @@ def after_step(model, weights, scale):
 
 
 def evaluation_weights(model, weights, scale, masks):
-    """A context in which `model` is evaluated and saved: the signs, where it trains deterministically with them.
+    """A context in which `model` is evaluated and saved: with "binary" its weights are the signs, else unchanged.
 
-    After stochastic training the real weights are the result (arXiv:1511.00363, section 2.6, third method).
+    After stochastic training the real weights are used (arXiv:1511.00363, section 2.6, second method).
     """
     check_weights(weights)
     return step_weights(model, "binary" if weights == "binary" else "float", scale, None, masks)
 
 
 def check_weights(weights):
-    """ValueError for a word that the line WEIGHTS does not know: it must not train as floats."""
+    """Raise ValueError for an unknown value of the line WEIGHTS, which would otherwise train in float32."""
     if weights not in CHOICES:
         raise ValueError(f"weights {weights!r}: choose from {', '.join(CHOICES)}")

@@ -4,7 +4,7 @@
 
 After Tan and Le 2021 (arXiv:2104.00298), section 4, without their change of
 regularization. A network that averages its last feature map takes images of any
-size, so its weights are the same ones. `train.py` calls it on each batch when
+size with the same weights. `train.py` calls it on each batch when
 --resize is given; validation and tests are always at the full size.
 """
 import torch
@@ -16,19 +16,19 @@ from engine.settings import Setting
 SETTINGS = {
     "resize": Setting(None, "side of the training images at the start of each round, smaller for speed", form=int,
                       shown="PIXELS", unless=(("resize_until", 0),)),
-    "resize_until": Setting(0.5, "share of a round after which images are whole", low=0, high=1,
+    "resize_until": Setting(0.5, "fraction of a round after which images have full size", low=0, high=1,
                             only=(("resize", ()),)),
 }
-SMALLEST = 8        # pixels: below, a strided convolution reads single pixels, and its gradient in bfloat16 is garbage
+SMALLEST = 8        # pixels; below it a strided convolution reads single pixels, and its bfloat16 gradient is garbage
 
 
 def side_of(progress, side, small, until):
-    """Pixels of a training image's side after `progress` in [0, 1] of a round: `small`, from `until` on `side`."""
+    """Side of training images in pixels at `progress` in [0, 1] of a round: `small` before `until`, then `side`."""
     return small if small is not None and progress < until else side
 
 
 def resized(images, side):
-    """(N, C, H, W) float images as (N, C, side, side), bilinear, antialiased; as they are where they have that size."""
+    """Resize (N, C, H, W) float images to (N, C, side, side), bilinear, antialiased; unchanged if they fit already."""
     if images.shape[-2:] == (side, side):
         return images
     return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
@@ -40,11 +40,11 @@ def share_of_work(side, small, until):
 
 
 def check_resize(model, shape, small):
-    """ValueError unless `model` takes images of `small` x `small` pixels, from `SMALLEST` to below its data set's.
+    """Raise ValueError unless `model` takes `small` x `small` images, at least `SMALLEST`, below the data set's size.
 
     shape: (C, H, W) of the data set's images. In images of 4 pixels the last
     convolution of stride 2 reads 1x1 maps; oneDNN's gradient of its weight, grouped
-    and in bfloat16, then reads memory that nobody wrote.
+    and in bfloat16, then reads uninitialised memory.
     """
     if small is None:
         return

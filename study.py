@@ -1,24 +1,24 @@
-"""Many runs, one table: `python study.py studies/ablation.json`.
+"""Train and compare many runs in one table: `python study.py studies/ablation.json`.
 
 A study is a JSON file: `flags` that all its runs share, `seeds`, and `arms`, each
-with a `group`, a `name` and the `run` that makes it (a training script and its
-own flags). Every arm is trained for every seed, exported as one compact file (of few
-bits, a packed one), and that file is tested. Stopped, it goes on where it was when it
-is called again. Writes results/<study>/ with runs.csv (one row a run), table.csv and
-table.md (mean, standard deviation and 95 % interval over the seeds) and accuracy.png.
+with a `group`, a `name` and the `run` to train (a training script and its own flags).
+Every arm is trained for every seed and exported as a compact file (a packed file if
+quantized), and that file is tested. An interrupted study resumes when it is started
+again. Writes results/<study>/ with runs.csv (one row per run), table.csv and table.md
+(mean, standard deviation and 95 % interval over the seeds) and accuracy.png.
 
-Of an arm, `against` names the arm that its size and speed are compared with (the
-first one), and `keep` names files of its first seed's run to copy beside the table:
+In an arm, `against` names the arm that its size and speed are compared with (default:
+the first one), and `keep` names files of its first seed's run to copy beside the table:
 {"cycle.png": "cycle.png"}, from: to. `{seed}` in a run stands for its seed, so that
 an arm can name another one's files.
-`factors` instead of arms, with the `run` they belong to, makes an arm of every
-combination of their values; then influence.csv and influence.png say how much
-each factor, and each product of factors, moves the error and the reduction.
+`factors` instead of arms, together with a `run`, makes an arm for every combination of
+the factors' values; influence.csv and influence.png then show how much each factor, and
+each product of factors, changes the error and the reduction.
 
-An arm that fails ends nothing: the others go on, the tables mark it, and the exit
-code is 1. `studies/study_file.py` says what a study must be, and what is refused before any
-training: names that collide, flags that a script would refuse, and runs that are there
-but were trained with other settings than their arm has now.
+If a run fails, the others continue, the tables mark it, and the exit code is 1.
+`studies/study_file.py` defines the form of a study, and what is refused before any
+training: names that collide, flags that a script would refuse, and existing runs that
+were trained with other settings than their arm has now.
 """
 import engine.interrupts  # isort: skip  # noqa: F401
 import itertools
@@ -42,19 +42,19 @@ MEASURED = ("parameters", "nonzero", "sparsity", "macs", "binary_weights", "scor
 
 
 def refuse_trained(folder):
-    """ValueError for a folder without last.pt that holds a trained network: it cannot go on, and is not finished."""
+    """ValueError for a folder with model.pt but no last.pt: the run is not marked finished and cannot be resumed."""
     if (folder / "model.pt").exists():
         raise ValueError(f"{folder} holds a model.pt, but neither `finished` nor last.pt: if it is this arm's finished "
                          f"run, say so by `touch {shlex.quote(f'{folder}/finished')}`; else move it away")
 
 
 def train_arm(arm, flags, seed, folder, data="data"):
-    """Train one run to its end in a process of its own, from where it stands. RuntimeError where that fails."""
+    """Train, or resume, one run to its end in a process of its own. RuntimeError if that fails."""
     if (folder / "finished").exists():
         return
     if not (folder / "last.pt").exists():
         refuse_trained(folder)
-        folders.hold(folder)                  # another process may be in that epoch
+        folders.hold(folder)                  # another process may be training there
         for name in ("config.json", "history.csv", "views.pt"):   # of a run that ended within its first epoch
             (folder / name).unlink(missing_ok=True)
         files.remove_partial(folder)
@@ -62,17 +62,17 @@ def train_arm(arm, flags, seed, folder, data="data"):
     script, *own = shlex.split(arm["run"].replace("{seed}", str(seed)))
     command = [script, "--resume"] if (folder / "last.pt").exists() else [script, *shlex.split(flags), *own,
                                                                          "--seed", str(seed)]
-    command += ["--data", data]           # where the data lies now
+    command += ["--data", data]           # it may have moved since the run began
     print(f"\n{arm['name']}, seed {seed}: python {shlex.join(command)} --out {folder}", flush=True)
     call([*command, "--out", str(folder)], show=True)
-    (folder / "finished").touch()         # model.pt alone may be that of a cycle which goes on
+    (folder / "finished").touch()         # model.pt alone may be of an unfinished L1 cycle
 
 
 def measure_arm(folder, data):
-    """Export a run's network, test the exported file, and keep what came out beside it. Returns a dictionary.
+    """Export a run's network, test the exported file, and store the measurements beside it. Returns a dictionary.
 
-    Of floats it is the compact file, of few bits the packed one, tested in exact integers.
-    What is kept holds for the model.pt that it names, and is measured again for another.
+    A float32 network is exported as a compact file, a quantized one as a packed file, tested in exact integers.
+    Stored measurements are valid for the model.pt whose SHA-256 they hold; another one is measured again.
     """
     few, model = "bits" in run_files.read_config(folder)["architecture"], folder / "model.pt"
     exported, measured = folder / ("exported.packed.gz" if few else "exported.pt.gz"), folder / "exported.json"
@@ -89,9 +89,9 @@ def measure_arm(folder, data):
 
 
 def kept_of(measured, model):
-    """What was kept of measuring a run, or None where there is nothing, or nothing that holds.
+    """The stored measurements of a run, or None where there are none or they are outdated.
 
-    A file of an older version names no model.pt; it holds unless model.pt is newer. ValueError for a damaged one.
+    A file from an older version has no SHA-256; it is valid unless model.pt is newer. ValueError for a damaged one.
     """
     if not measured.exists():
         return None
@@ -103,7 +103,7 @@ def kept_of(measured, model):
 
 
 def keep_files(arm, folder, out):
-    """Copy what an arm wants to keep of a run's folder to where the table goes. FileNotFoundError for one not there."""
+    """Copy the files that an arm keeps from a run's folder to the table's. FileNotFoundError if one is missing."""
     absent = [name for name in arm["keep"] if not (folder / name).is_file()]
     for name, kept in arm["keep"].items():
         if name not in absent:
@@ -124,16 +124,16 @@ def row_of(arm, seed, folder, data):
             "validation_accuracy": last["validation_accuracy"], "validation_loss": last["validation_loss"],
             "train_accuracy": last["train_accuracy"], "parameters_at_first": parameters_of(config["architecture"]),
             **measure_arm(folder, data),
-            "pflop": history["pflop"].iloc[-1] if "pflop" in history else None,        # so far: of the whole run
+            "pflop": history["pflop"].iloc[-1] if "pflop" in history else None,        # cumulative: of the whole run
             "minutes": round(history["seconds"].sum() / 60, 2), "images_per_second": speed.median(),
-            # the first epoch is left out: memory and caches are filled in it
+            # the first epoch is left out: it is slower, while memory and caches fill
             "epochs_faster": speed.tail(3).median() / speed.iloc[min(1, len(speed) - 1):4].median(),
             "device": config["device"],
             "torch": (config.get("versions") or {}).get("torch"), "started": config.get("started")}
 
 
 def row_of_result(history, path):
-    """The row of the network that a run kept: the last one of its size, since a cycle ends with one that it refuses."""
+    """The history's row of the network in model.pt, the last of its size; an L1 cycle's last row is over the limit."""
     if "parameters" not in history:
         return history.iloc[-1]
     kept = sum(parameter.numel() for parameter in networks.load_network(path)[0].parameters())
@@ -143,7 +143,7 @@ def row_of_result(history, path):
 
 
 def parameters_of(architecture):
-    """How many the network had before anything left it; ValueError for an architecture that cannot be built."""
+    """Number of parameters before any were removed; ValueError for an architecture that cannot be built."""
     try:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in networks.build(**architecture).parameters())
@@ -153,12 +153,12 @@ def parameters_of(architecture):
 
 
 def table_of(runs):
-    """One row an arm: n, mean and standard deviation over its seeds. runs: a DataFrame of `row_of` rows.
+    """One row per arm: n, mean and standard deviation over its seeds. runs: a DataFrame of `row_of` rows.
 
     test_accuracy_low and _high: Student's 95 % interval of the mean over the seeds.
-    parameters_fewer and macs_fewer, in %, and times_faster, of testing the exported
-    file, are against the arm that it names; epochs_faster is its last epochs
-    against its first ones. failed, where a run did: the seeds and why; n counts the others.
+    parameters_fewer and macs_fewer, in %, and times_faster (testing the exported file)
+    are relative to the arm named in `against`; epochs_faster compares the last epochs of a
+    run with its first ones. failed: seeds and reasons of failed runs; n counts the others.
     """
     from scipy import stats
     runs = runs.assign(**runs.reindex(columns=NUMBERS).astype(float))        # pflop is absent in old runs
@@ -183,7 +183,7 @@ def table_of(runs):
 
 
 def markdown_of(table):
-    """The table for a README, and what failed below it; a comparison that was not made is left empty."""
+    """The table in Markdown, with failed runs listed below it; a comparison that was not made is left empty."""
     lines = ["| group | arm | n | validation % | test %, exported file | parameters left | fewer | MACs | fewer "
              "| course score | bytes | PFLOP | training s | test s | times faster | epochs faster |",
              "|---" * 16 + "|"]
@@ -208,13 +208,13 @@ def markdown_of(table):
 
 
 def shown(value, form, absent="-"):
-    """A number as text, or what stands for one that is not there; what rounds to zero has no sign."""
+    """A number as text, or `absent` if it is NaN; what rounds to zero has no minus sign."""
     text = absent if math.isnan(value) else form.format(value)
     return text.removeprefix("-") if text.startswith("-0") and not set("123456789") & set(text) else text
 
 
 def draw_accuracy(path, table, title):
-    """Validation accuracy by arm, groups by colour, with the standard deviation over seeds where there are some."""
+    """Plot validation accuracy by arm, groups by colour, with the standard deviation if there are several seeds."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -232,9 +232,9 @@ def draw_accuracy(path, table, title):
     axes.set_ylim(0.4, len(table) + 0.9)                     # room for the number above the first arm
     axes.grid(axis="x", alpha=0.4)
     axes.set(xlabel="validation accuracy (%)")
-    axes.margins(x=0.1)                                      # and beside the first and last one
+    axes.margins(x=0.1)                                      # room beside the lowest and highest
     low, high = axes.get_xlim()
-    missing = max(0, 1 - (high - low)) / 2                   # a point at least: less is noise, and should look so
+    missing = max(0, 1 - (high - low)) / 2                   # at least 1 %: less is noise, and should look small
     axes.set_xlim(low - missing, high + missing)
     figure.suptitle(title, fontsize=9)
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
@@ -243,10 +243,10 @@ def draw_accuracy(path, table, title):
 
 
 def influence_of(runs, factors, target):
-    """{term: coefficient}: least squares of a column on all products of the factors, each coded from -1 to 1.
+    """{term: coefficient}: least-squares fit of a column to all products of the factors, each scaled to [-1, 1].
 
-    With three, f = a0 + a1 E + a2 P + a3 I + a4 E P + a5 E I + a6 P I + a7 E P I; a
-    coefficient is half of what f changes from a factor's smallest value to its largest.
+    With three factors, f = a0 + a1 E + a2 P + a3 I + a4 E P + a5 E I + a6 P I + a7 E P I; a
+    coefficient is half the change of f from a factor's smallest value to its largest.
     """
     import numpy as np
     given = {name: runs[f"factor_{name}"] for name in factors}
@@ -259,7 +259,7 @@ def influence_of(runs, factors, target):
 
 
 def write_influence(out, runs, factors):
-    """influence.csv and influence.png: what moves the validation error and the parameters removed, both in %."""
+    """Write influence.csv and influence.png: effects on the validation error and the parameters removed, both in %."""
     import pandas as pd
     from matplotlib.figure import Figure
     runs = runs.assign(error=100 - runs["validation_accuracy"],
@@ -279,7 +279,7 @@ def write_influence(out, runs, factors):
 
 
 def write_results(out, study, rows):
-    """runs.csv, table.csv, table.md and the plots of the rows that there are. Returns the table."""
+    """Write runs.csv, table.csv, table.md and the plots of the rows so far. Returns the table."""
     import pandas as pd
     runs = pd.DataFrame(rows)
     table = table_of(runs)
@@ -296,9 +296,9 @@ def write_results(out, study, rows):
 
 
 def make_row(arm, seed, folder, out, flags, data, first):
-    """Train one run and measure it. Returns its row; where something failed, with `failed`, the reason.
+    """Train one run and measure it. Returns its row; if something failed, with the reason as `failed`.
 
-    first: files of this run are kept beside the table.
+    first: copy the files that its arm keeps beside the table.
     """
     row = {"group": arm["group"], "arm": arm["name"], "against": arm["against"], "seed": seed, "run": arm["run"]}
     try:
@@ -320,10 +320,10 @@ def parse(argv):
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--out", help="where the table goes (results/<study>)")
     parser.add_argument("--seeds", type=int, nargs="+",
-                        help="train these alone; of the study's others the table holds the runs that are there")
+                        help="train only these; the table also holds finished runs of the study's other seeds")
     parser.add_argument("--arms", nargs="+", metavar="NAME",
-                        help="train these alone; of the others the table holds the runs that are there")
-    parser.add_argument("--finished", action="store_true", help="train nothing: the table of the runs that are there")
+                        help="train only these; the table also holds finished runs of the other arms")
+    parser.add_argument("--finished", action="store_true", help="train nothing, write the table of the finished runs")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     check_seeds(arguments.seeds or [], "--seeds")
@@ -331,7 +331,7 @@ def parse(argv):
 
 
 def chosen_arms(arguments, names):
-    """The arms to train, of those called `names`; ValueError for one that is not there."""
+    """The names of the arms to train, out of `names`; ValueError for an unknown one."""
     unknown = [each for each in arguments.arms or [] if each not in names]
     if unknown:
         raise ValueError(f"--arms: {arguments.study} has no arm {unknown[0]!r}; it has {', '.join(map(repr, names))}")
@@ -339,9 +339,10 @@ def chosen_arms(arguments, names):
 
 
 def due(name, runs, done, wanted):
-    """Place of the next run, None at the end: one that is finished, maybe by another process, else one to train.
+    """Index in `runs` of the next run, finished runs first, then those to train; None at the end.
 
-    So no table holds fewer runs than the one before it. done: places; wanted: whether each run may be trained.
+    Finished runs, also of other processes, come first so that no table holds fewer runs than the one before it.
+    done: indices already in the table; wanted: whether each run may be trained.
     """
     left = [place for place in range(len(runs)) if place not in done]
     there = [place for place in left if (folder_of(name, runs[place][1], runs[place][0]) / "finished").exists()]
@@ -349,7 +350,7 @@ def due(name, runs, done, wanted):
 
 
 def main(argv):
-    """Train what is not trained yet, measure, write the table."""
+    """Train the runs that are not finished, measure them, write the table."""
     arguments = parse(argv)
     study, name = read_study(arguments.study), Path(arguments.study).stem
     out, seeds = Path(arguments.out or Path("results") / name), list(dict.fromkeys(
@@ -357,10 +358,10 @@ def main(argv):
     chosen = chosen_arms(arguments, [arm["name"] for arm in study["arms"]])
     check_out(arguments.study, out)
     check_runs(name, study, seeds)
-    flags, kept = study["flags"], {}      # {arm: place whose files it has}
+    flags, kept = study["flags"], {}      # {arm: index of the run whose files are kept}
     runs = list(itertools.product(seeds, study["arms"]))
     wanted = [arm["name"] in chosen and seed in (arguments.seeds or seeds) for seed, arm in runs]
-    rows = {}                             # {place in `runs`: row}
+    rows = {}                             # {index in `runs`: row}
     while (place := due(name, runs, rows, wanted)) is not None:
         seed, arm = runs[place]
         cifar10.check_folder(out)

@@ -1,4 +1,4 @@
-"""Test a trained network on all test images: `python test.py`, half precision unless told otherwise.
+"""Test a trained network on all test images: `python test.py`, in half precision by default.
 
 Prints which checkpoint it reads, the accuracy, a table by class, and the bytes
 of the network on disk; writes confusion.png and report.json beside a run's
@@ -26,7 +26,7 @@ def test_network(model, data, kind, precision, device, batch_size=500, limit=Non
 
     Returns a dictionary: accuracy in %, loss, images, seconds, precision (a note on
     how it was computed), classes (name, images, correct, accuracy) and confusion,
-    a (K, K) list: images of class row that were taken for class column.
+    a (K, K) list: number of images of class row predicted as class column.
     """
     dtype, note = quantization.set_precision(model, precision, device)
     batches = cifar10.Batches(*cifar10.some(data.x_test, data.y_test, limit), batch_size, kind, device)
@@ -52,30 +52,30 @@ def test_network(model, data, kind, precision, device, batch_size=500, limit=Non
 
 
 def bytes_of(path, network):
-    """`sizes_of` a network, of few bits packed too, and of a file that was exported its own.
+    """Sizes of a network in bytes: `sizes_of`, "packed" if it is quantized, and "file" of an exported file.
 
-    That alone where it was read from such a file. Compressed and packed are as export.py writes them.
+    A packed file has "packed" alone, its own size. Compressed and packed are as export.py writes them.
     """
     if "integers" in network:
         return {"packed": os.path.getsize(path)}
     structure = {name: network[name] for name in ("architecture", "widths", "dataset", "kind") if name in network}
-    model, _ = load_network(path)        # as it is: the one that was tested is in another precision
+    model, _ = load_network(path)        # loaded again: the tested one was converted to another precision
     trim(model)
     exported = {**structure, **checkpoint.network_of(model, network["architecture"])}
     sizes = sizes_of({**structure, "weights": network["weights"]}, exported)
     if quantization.bits_of(model):
-        with files.noted():          # sums beyond what integers hold: the accuracy counts
+        with files.noted():          # sums may overflow their integers: a note, and the other sizes stay
             del exported["weights"]
             sizes["packed"] = len(integer_inference.packed_bytes(model, exported))
     return sizes if str(path).endswith(".pt") else {"file": os.path.getsize(path), **sizes}
 
 
 def sizes_of(network, exported):
-    """Bytes of the network as a file on disk: in float32, in half precision, and compact, as it is exported."""
+    """Bytes of the network as a file on disk: in float32, in half precision, and compressed as export.py does."""
     singles = {name: tensor.float() if tensor.is_floating_point() else tensor
                for name, tensor in network["weights"].items()}
     sizes = {"float32": len(checkpoint.bytes_of({**network, "weights": singles}))}
-    with files.noted():              # a weight beyond what half precision holds: the other sizes count
+    with files.noted():              # a weight may overflow half precision: a note, and the other sizes stay
         halves = packing.to_half(network["weights"])
         sizes |= {"half": len(checkpoint.bytes_of({**network, "weights": halves})),
                   "compressed": len(checkpoint.compact_bytes(exported))}
@@ -83,7 +83,7 @@ def sizes_of(network, exported):
 
 
 def draw_confusion(path, result):
-    """The confusion matrix as a picture; rows are the true classes."""
+    """Draw the confusion matrix as an image file; rows are the true classes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -108,7 +108,7 @@ def draw_confusion(path, result):
 
 
 def print_result(result):
-    """Accuracy, the table by class, and the sizes."""
+    """Print the accuracy, the table by class, and the sizes."""
     width = max(14, *(len(row["name"]) + 2 for row in result["classes"]))
     print(f"accuracy {result['accuracy']:.2f} % of {result['images']:,} test images, loss {result['loss']:.4f}, "
           f"{result['seconds']:.1f} s on {result['device']}")
@@ -125,12 +125,12 @@ def parse(argv):
     parser.add_argument("--checkpoint", help="a run's folder or file, or a compact file (the newest "
                         "run's, else the ResNet-18 that ships)")
     parser.add_argument("--precision", choices=list(quantization.DTYPES), default="half")
-    parser.add_argument("--dataset", type=cifar10.named, help="(the one it was trained on)")
+    parser.add_argument("--dataset", type=cifar10.named, help="data set (the one the network was trained on)")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--batch-size", type=int, default=500)
-    parser.add_argument("--limit", type=int, help="only so many test images")
+    parser.add_argument("--limit", type=int, help="use at most this many test images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    parser.add_argument("--picture", help="where the confusion matrix goes (confusion.png beside a run's checkpoint)")
+    parser.add_argument("--picture", help="file of the confusion matrix (confusion.png beside a run's checkpoint)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
@@ -140,7 +140,7 @@ def parse(argv):
 
 
 def main(argv):
-    """Test one checkpoint and write down what came out."""
+    """Test one checkpoint, then print and save the results."""
     arguments = parse(argv)
     device, path = commandline.pick_device(arguments.device), find_checkpoint(arguments.checkpoint)
     compiling.set_up(device)

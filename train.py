@@ -1,9 +1,9 @@
 """Train one network on one data set: `python train.py --epochs 30`.
 
 Edit a technique line below, or pass the flag of the same name. Writes
-runs/<name>/ with config.json, history.csv, last.pt and model.pt; then
-`python test.py` and `python profil.py`. The one training loop (`fit`) and the
-one `evaluate` of the project live here; `train_pruning.py` adds the rounds.
+runs/<name>/ with config.json, history.csv, last.pt and model.pt; then run
+`python test.py` and `python profil.py`. The project's only training loop (`fit`)
+and its only `evaluate` are in this file; `train_pruning.py` adds pruning rounds.
 """
 import engine.interrupts  # isort: skip  # noqa: F401
 import sys
@@ -47,7 +47,7 @@ from set_pruning_train import (
 from set_quantization_train import after_step, evaluation_weights, step_weights
 from set_resizing_train import resized, side_of
 
-commandline.check_lines(__file__)      # a slip in a line below is one error line too, before Python runs it
+commandline.check_lines(__file__)      # reports a mistake in a line below as one error line, before Python runs it
 
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
@@ -88,40 +88,40 @@ AVERAGING = "ema"             # exponential moving average of the weights
 FLIPS = "random"              # an image is mirrored by a draw
 # FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
 
-# ---- settings of the run; techniques declare theirs in their own files, those of pruning are of train_pruning.py
+# ---- settings of the run; techniques declare theirs in their own files, train_pruning.py has those of pruning
 UNMIXED = (("mix_probability", 0), ("mix_alpha", 0))
 SETTINGS = joined({
     "dataset": Setting("cifar10", cifar10.HELP),
     "data": Setting("data", "folder of the data set's files", free=True),
     "epochs": Setting([30], "of each round", low=1, high=10**6, many="+", form=int),
-    "recipe": Setting("ours", "published: as the original run trained", choices=("ours", "published"), fixed=True),
-    "batch_size": Setting(64, "images a step", low=1, high=10**6),
-    "limit": Setting(None, "at most so many images in each split", low=2, form=int),
+    "recipe": Setting("ours", "published: the settings of the original run", choices=("ours", "published"), fixed=True),
+    "batch_size": Setting(64, "images per step", low=1, high=10**6),
+    "limit": Setting(None, "use at most this many images of each split", low=2, form=int),
     "all_images": Setting(False, "train on the validation images too, to compare with those who do", fixed=True,
                           clashes=(((), "recipe", ("published",), "which keeps its own batches; leave one out"),)),
-    "seed": Setting(0, "of weights, shuffling, augmentation and mixing", low=0, high=2**63 - 1, fixed=True),
+    "seed": Setting(0, "random seed of weights, shuffling, augmentation and mixing", low=0, high=2**63 - 1, fixed=True),
     "mixing": line("cutmix", (*MIXINGS, "none"), unless=UNMIXED),
     **only("mixing", MIXINGS, {
-        "mix_probability": Setting(0.5, "share of the batches, or images, that are mixed", low=0, high=1,
+        "mix_probability": Setting(0.5, "fraction of the batches, or images, that are mixed", low=0, high=1,
                                    unless=UNMIXED[1:]),
-        "mix_alpha": Setting(1.0, "shares of two images are drawn from Beta(alpha, alpha)", low=0,
+        "mix_alpha": Setting(1.0, "mixing ratio of two images is drawn from Beta(alpha, alpha)", low=0,
                              unless=UNMIXED[:1]),
-        "mix_per_sample": Setting(False, "each image is mixed with its own draw", unless=UNMIXED),
+        "mix_per_sample": Setting(False, "draw for each image, not once per batch", unless=UNMIXED),
     }),
     "averaging": line("ema", ("ema", "none")),
-    "ema_decay": Setting(0.998, "of the averaged weights, in a step", low=0, high=1, only=(("averaging", ("ema",)),)),
+    "ema_decay": Setting(0.998, "EMA decay of the weights per step", low=0, high=1, only=(("averaging", ("ema",)),)),
     "flips": line("random", ("random", "alternating"), clashes=(
         (("alternating",), "recipe", ("published",), "which mirrors images by a draw; leave one out"),)),
-    "pad": Setting(4, "pixels by which a crop may be off", low=0, high=16, clashes=(
+    "pad": Setting(4, "random crops: largest shift in pixels", low=0, high=16, clashes=(
         ((), "recipe", ("published",), "which crops by 4; leave one out"),)),
     "label_smoothing": Setting(0.1, "of the cross-entropy", low=0, high=1),
     "recalibrate": Setting(False, "recompute batch norm's statistics on training images after pruning and each round"),
-    "compile": Setting("auto", "auto: where it pays and a compiler is there", choices=("auto", "on", "off"),
+    "compile": Setting("auto", "auto: if it saves time and a compiler is installed", choices=("auto", "on", "off"),
                        alone=(("on",), "takes one process: several train without compiling")),
-    "arithmetic": Setting("auto", "of training; auto: bfloat16 on CUDA and where a CPU has instructions for it",
+    "arithmetic": Setting("auto", "of training; auto: bfloat16 on CUDA and on CPUs with bfloat16 instructions",
                           choices=("auto", "float32", "bfloat16")),
-    "convolutions": Setting("auto", "how grouped ones compute: as such, or dense with zeros; auto: the faster one on "
-                            "CUDA", choices=("auto", "grouped", "dense")),
+    "convolutions": Setting("auto", "compute grouped ones as such, or as dense ones filled with zeros; auto: the "
+                            "faster one on CUDA", choices=("auto", "grouped", "dense")),
     "device": Setting("auto", "auto, cpu, cuda, cuda:1 or mps", free=True),
     "start": Setting(None, "begin with the weights of this checkpoint", form=str, shown="CHECKPOINT", fixed=True),
     "out": Setting(None, "folder of the run (runs/<data set>-<model>-<time>)", form=str, free=True),
@@ -134,23 +134,23 @@ SETTINGS = joined({
     "debug": Setting(False, "show tracebacks", free=True),
 }, *experiment.TABLES) | without_flags(set_pruning_train.SETTINGS)
 DEFAULTS = defaults_of(SETTINGS)
-RECIPES = {"published": {    # the run that this project started from; measure() has its four passes an epoch
+RECIPES = {"published": {    # the original run of this project; `measure` makes its four passes per epoch
     "shuffle": False, "mixing": "cutmix", "mix_probability": 1.0, "schedule": "plateau", "averaging": "none",
     "batch_size": 32, "lr": 0.01, "momentum": 0.5, "nesterov": False, "weight_decay": 1e-5,
     "label_smoothing": 0.0, "weights": "float", "compile": "off", "arithmetic": "float32",
     "convolutions": "grouped", "optimizer": "sgd", "flips": "random",
 }}
-READ_EVERY = 50      # steps on CUDA, from one look at whether all were finite to the next
+READ_EVERY = 50      # on CUDA: steps between two checks that loss and gradients are finite
 SHIPPED = Path(__file__).resolve().parent / "pretrained" / "resnet18_groups8_cifar10.pt.gz"
 
 
 # ---- the loop
 
 def fit(run):
-    """Train the current round to its end, from wherever `run` stands; a checkpoint at each epoch's end.
+    """Train the current round from the state of `run` to its end; save a checkpoint after each epoch.
 
-    Raises RuntimeError for a loss or gradient that is not finite (no update, no
-    save) and for memory that runs out.
+    Raises RuntimeError if a loss or gradient is not finite (nothing is saved; off CUDA
+    nothing is updated either) and if memory runs out.
     """
     from tqdm import tqdm
     if run.optimizer is None:
@@ -173,7 +173,7 @@ def fit(run):
 
 
 def run_epoch(run, bar, asking=0.0):
-    """One epoch: train, validate, record, save. Returns the row of history.csv, whose seconds begin with `asking`."""
+    """Train, validate, record and save one epoch. Returns its row of history.csv; its seconds include `asking`."""
     begun, rate = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
     run.counted, run.pflop = {}, pflop_so_far(run)
     if run.settings.get("flips") == "alternating":
@@ -202,7 +202,7 @@ def run_epoch(run, bar, asking=0.0):
            "pflop": run.pflop if run.pflop is None else round(run.pflop, 9),
            "images_per_second": round(len(run.train) * run.settings["batch_size"] / trained, 1),
            "seconds": round(time.perf_counter() - begun + asking, 1)}
-    with files.uninterrupted():      # what is counted as done is on disk
+    with files.uninterrupted():      # an epoch that counts as done is on disk
         run.epoch += 1
         run.history.append(row)
         save(run)
@@ -210,13 +210,13 @@ def run_epoch(run, bar, asking=0.0):
 
 
 def lay_out_again(run):
-    """Lay out and compile the network of `run` anew after its layers have changed."""
+    """Set the memory layout of the network of `run` and compile it again after its layers have changed."""
     lay_out(run)
     run.forward = compiling.again(run.model, run.forward)
 
 
 def train_epoch(run, bar):
-    """All training batches once. Returns mean loss and accuracy in % under augmentation and mixing."""
+    """Train on every batch once. Returns mean loss and accuracy in %, with augmentation and mixing."""
     run.model.train()
     totals, seen = torch.zeros(2, device=run.device), 0
     steps, done = run.settings["epochs"][run.round] * len(run.train), run.epoch * len(run.train)
@@ -226,10 +226,10 @@ def train_epoch(run, bar):
     for step, (images, labels) in enumerate(run.train):
         images, labels = as_step_takes(run, images, labels)
         loss, correct = train_step(run, images, labels, step)
-        run.made = None                   # from its first step on, its folder stays
+        run.made = None                   # after the first step the run keeps its folder
         ranks = run.settings["pruning"] in GRADUAL and ranks_at(run.settings, done + step, steps)
         if run.finite_steps is not None and (ranks or (step + 1) % read_every == 0 or step + 1 == len(run.train)):
-            refuse_counted(run, step)     # weights that are ranked must be finite too
+            refuse_counted(run, step)     # only finite weights can be ranked
         if ranks:
             run.masks = prune_on_schedule(run.settings, done + step, steps, run.model, run.average, run.masks)
         totals += torch.stack([loss * len(images), correct])
@@ -244,16 +244,16 @@ def train_epoch(run, bar):
 
 
 def as_step_takes(run, images, labels):
-    """A batch as `train_step` takes it: on the device of `run`, the images in its memory layout."""
+    """Move a batch to the device of `run`, its images in the memory layout that `train_step` takes."""
     return images.to(run.device).contiguous(memory_format=run.layout), labels.to(run.device)
 
 
 def train_step(run, images, labels, step):
-    """Mix, resize, forward, backward, update, mask, average. Returns loss and number of right answers, on device."""
+    """Mix, resize, forward, backward, update, mask, average. Returns loss and number correct, on the device."""
     settings = run.settings
     classes = run.architecture["num_classes"]
     targets = F.one_hot(labels, classes).to(images.dtype)
-    if has_views(run):                                 # what the teacher said is mixed as the labels are
+    if has_views(run):                                 # the teacher's logits are mixed as the labels are
         targets = torch.cat([targets, run.train.answer], 1)
     if settings["mixing"] != "none":
         images, targets = mixed(settings, images, targets, run.generator)
@@ -290,7 +290,7 @@ def train_step(run, images, labels, step):
 
 
 def mixed(settings, images, targets, generator):
-    """A batch as the line MIXING has it, by the function of that name, which gets its file's own settings too."""
+    """Mix a batch with the function that the line MIXING names; it also gets the settings of its own file."""
     name = settings["mixing"]
     own = {setting: settings[setting] for setting in getattr(experiment.TECHNIQUES[name], "SETTINGS", {})}
     return MIXINGS[name](images, targets, generator, settings["mix_alpha"], settings["mix_probability"],
@@ -298,25 +298,25 @@ def mixed(settings, images, targets, generator):
 
 
 def progress_of(run, step):
-    """Share of the round that is over before step `step` of its current epoch."""
+    """Fraction of the round that is done before step `step` of its current epoch."""
     return (run.epoch + step / len(run.train)) / run.settings["epochs"][run.round]
 
 
 def has_views(run):
-    """Whether the teacher of `run` was asked once, about --teacher-views, and is not asked in each step."""
+    """Whether the teacher of `run` runs once, on --teacher-views, and not in each step."""
     return run.teacher is not None and bool(run.settings["teacher_views"])
 
 
 def pflop_so_far(run):
-    """PFLOP before the coming epoch: as far as the history goes, or what --teacher-views cost; None where unknown."""
+    """PFLOP spent before the next epoch: from the history or, before it, on --teacher-views; None if unknown."""
     if run.history:
-        return run.history[-1].get("pflop")              # a run may be older than the column
+        return run.history[-1].get("pflop")              # missing in runs older than this column
     asked = run.settings["teacher_views"] * len(run.train.chosen) if has_views(run) else 0
     return operations.step_pflop(0, asked, operations.macs_of(run.teacher, image_shape(run.kind))) if asked else 0.0
 
 
 def count_operations(run, shown, images):
-    """Add a step's PFLOP to the run's: shown, images: the batch as the network and the teacher see it."""
+    """Add a step's PFLOP to the run's. shown, images: the batch at the network's and at the teacher's image size."""
     if run.pflop is None:
         return
     shape, asks = shown.shape[1:], run.teacher is not None and not has_views(run)
@@ -328,15 +328,15 @@ def count_operations(run, shown, images):
 
 
 def networks_of(run):
-    """The network that trains and, where there is one, its average."""
+    """The trained network and, if there is one, its weight average."""
     return [run.model] if run.average is None else [run.model, run.average]
 
 
 def measure(run):
-    """Validation loss and accuracy in %, of the averaged weights where there are some.
+    """Validation loss and accuracy in %, with the averaged weights if there are any.
 
-    The published run took four passes over data an epoch: it trained, then
-    measured training accuracy, loss and accuracy, each in a pass of its own.
+    The published run made four passes over data per epoch: training, then one
+    each for training accuracy, validation loss and validation accuracy.
     """
     model = networks_of(run)[-1]
     with evaluation_weights(model, run.settings["weights"], run.settings["binary_scale"], run.masks):
@@ -347,22 +347,22 @@ def measure(run):
 
 
 def recalibrate(run, model):
-    """Batch norm's statistics of `model`, with the weights it is evaluated with, from unaugmented training images."""
+    """Recompute batch norm's statistics of `model`, with its evaluation weights, on unaugmented training images."""
     with evaluation_weights(model, run.settings["weights"], run.settings["binary_scale"], run.masks):
         pruning.recalibrate(model, run.calibration)
 
 
 def evaluate(model, batches, device, dtype=torch.float32):
-    """Mean cross-entropy and accuracy in % over `batches`, each image counted once; dtype as of `predict`."""
+    """Mean cross-entropy and accuracy in % over `batches`, each image counted once; dtype: see `predict`."""
     logits, labels = predict(model, batches, device, dtype)
     return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).float().mean().item()
 
 
 @torch.no_grad()
 def predict(model, batches, device, dtype=torch.float32):
-    """(logits, labels) of all images of `batches`, (N, K) float and (N,), in evaluation mode, which is undone.
+    """Return (logits, labels) of all images of `batches`, (N, K) float32 and (N,), computed in evaluation mode.
 
-    dtype: of the arithmetic, bfloat16 or, with float32, the images' own.
+    The model's mode is restored. dtype: bfloat16 arithmetic, or with float32 that of the images' dtype.
     """
     results = []
     with in_mode(model):
@@ -375,7 +375,7 @@ def predict(model, batches, device, dtype=torch.float32):
 # ---- for the scripts that read a trained network
 
 def find_checkpoint(given=None):
-    """The checkpoint to read: the one given (of a folder its model.pt), else the newest run's, else what ships."""
+    """Path of the checkpoint: the given one (model.pt in a folder), else the newest run's, else the shipped one."""
     if given is not None:
         return checkpoint.find(given)
     try:
@@ -385,7 +385,7 @@ def find_checkpoint(given=None):
 
 
 def main(argv):
-    """One round, no pruning."""
+    """Train one round, without pruning."""
     run = start(__file__, __doc__.splitlines()[0], SETTINGS, RECIPES, argv)
     if run is not None:
         with resumable(run):

@@ -1,9 +1,10 @@
 """The whole job: train, prune, train, prune, train: `python train_pruning.py`.
 
-100 epochs, 70 % of the weights pruned, 25 epochs, 70 % of the rest, 125 epochs:
-a ResNet-18 of 8 groups keeps 9 % of its weights. Edit a technique line below, or
-pass the flag of the same name; `--epochs 8 2 6 --sparsity 0.7 0.7` is a short
-run, `--dry-run` says how long a run will take.
+Trains 100 epochs, prunes 70 % of the weights, trains 25 epochs, prunes 70 % of the
+rest, trains 125 epochs: a ResNet-18 with 8 groups keeps 9 % of its weights. Edit a
+technique line below, or pass the flag of the same name.
+`--epochs 8 2 6 --sparsity 0.7 0.7` is a short run, `--dry-run` says how long a run
+will take.
 """
 import engine.interrupts  # isort: skip  # noqa: F401
 from itertools import groupby
@@ -21,7 +22,7 @@ from networks import image_shape
 from set_pruning_train import hint_of, narrow
 from train import RECIPES, fit, lay_out_again, recalibrate
 
-commandline.check_lines(__file__)      # a slip in a line below is one error line too, before Python runs it
+commandline.check_lines(__file__)      # reports a mistake in a line below as one error line, before Python runs it
 
 # ---- techniques: in each group one line is active; --mixing and the like override
 MODEL = "resnet18"            # 11.2 M parameters when dense, arXiv:1512.03385
@@ -71,17 +72,17 @@ FLIPS = "random"              # an image is mirrored by a draw
 # FLIPS = "alternating"       # in every second epoch, arXiv:2404.00498
 
 # ---- settings
-# gradual pruning takes the same epochs and zeros in one round: their sum, and what the sparsities compound to
+# gradual pruning makes one round of these: the sum of the epochs, and the sparsity that they compound to
 SETTINGS = with_defaults({**train.SETTINGS, **set_pruning_train.SETTINGS}, epochs=[100, 25, 125], sparsity=[0.7, 0.7])
 
 
 def next_round(run):
-    """Step to the next round, whose optimizer and average start afresh."""
+    """Go to the next round, with a new optimizer and a new weight average."""
     run.round, run.epoch, run.optimizer, run.average = run.round + 1, 0, None, None
 
 
 def prune(run):
-    """Prune the network of `run` once and step to the next round, whose optimizer starts afresh."""
+    """Prune the network of `run` once and go to the next round, with a new optimizer."""
     sparsity, floor = run.settings["sparsity"][run.round], run.settings["minimum_density"]
     if run.settings["macs"] and run.round + 1 == len(run.settings["sparsity"]):
         left = narrow(run.settings, image_shape(run.kind), run.model, run.average, run.optimizer, run.masks)
@@ -100,7 +101,7 @@ def prune(run):
 
 
 def morph(run):
-    """MorphNet between two rounds: the structure that is alive, wider up to the budget, with fresh weights."""
+    """Rebuild the network between two MorphNet rounds: live channels only, widened to the budget, with new weights."""
     settings, sizes = run.settings, run.search["sizes"]
     limits = settings["morph_cost"], settings["morph_budget"] * run.search["whole"]
     alive = morphnet.structure_of(run.model, settings["morph_threshold"], hint_of(settings))
@@ -115,7 +116,7 @@ def morph(run):
     morphnet.write_structure(run.out / f"structure-{run.round + 1}.json", wide)
     with files.noted():
         morphnet.draw_widths(run.out / f"widths-{run.round + 1}.png", before, wide)
-    # drawn on the CPU, whose generator every checkpoint holds
+    # initialised on the CPU, whose random state every checkpoint holds
     morphnet.rebuild(run.model.cpu(), wide).to(run.device)
     next_round(run)
     lay_out_again(run)
@@ -128,7 +129,7 @@ def l1_cycle(run):
     """Remove filters and fine-tune, step by step, until the validation loss exceeds its limit.
 
     The limit: --stop-loss, else that of --cycle, else a tenth above the loss before
-    the first removal. model.pt is the last network within it.
+    the first removal. model.pt is the last network within the limit.
     """
     first = [row["validation_loss"] for row in run.history if row["round"] == 1][-1]
     settings = {"stop_loss": 1.1 * first, **run.settings["cycle_settings"]}
@@ -152,14 +153,14 @@ def l1_cycle(run):
 
 
 def steps_of(run):
-    """The history of an L1 cycle, a row a round, as `filter_pruning.Pruner` has it; seconds are of one epoch."""
+    """The history of an L1 cycle, one row per round, as in `filter_pruning.Pruner`; seconds are per epoch."""
     rounds = [list(rows) for _, rows in groupby(run.history, key=lambda row: row["round"])]
     return [{"step": step, "parameters": rows[-1]["parameters"], "loss": rows[-1]["validation_loss"],
              "seconds": sum(row["seconds"] for row in rows) / len(rows)} for step, rows in enumerate(rounds)]
 
 
 def main(argv):
-    """Train in rounds with pruning between them; the state of a run says where to begin."""
+    """Train in rounds with pruning between them; a resumed run continues from its saved state."""
     run = start(__file__, __doc__.splitlines()[0], SETTINGS, RECIPES, argv)
     if run is None:
         return

@@ -1,1 +1,1 @@
-"""What benchmark.py runs, one part a file."""
+"""The benchmarks that benchmark.py runs, one per file."""

@@ -1,11 +1,11 @@
-"""Whether every technique runs on a GPU, and what is slow there: `python benchmark.py check`, in two minutes.
+"""Check that every technique runs on a GPU, and find what is slow: `python benchmark.py check`, two minutes.
 
-Each technique is a whole run on digits, two rounds of three steps: trained, pruned,
-measured, saved. Then its step is timed, and counted how often the host waits for the
-GPU in it, which a default step never does. One run is resumed and must end in the same
-bits. Last come the convolutions of each stage in every form, memory layout and choice of
-kernels: what training takes is grouped, channels_last, not benchmarked. Needs no data
-set. Exit code 1 where something fails.
+Each technique is tested by a whole run on digits, two rounds of three steps: trained,
+pruned, evaluated, saved. Then a step is timed, and it is counted how often the host waits
+for the GPU in a step; with default settings it never waits. One run is resumed and must
+end with the same bits. Last, the convolutions of each stage are timed in every form, memory
+layout and choice of kernels; training uses grouped, channels_last, not benchmarked. Needs
+no data set. Exit code 1 if something fails.
 """
 import contextlib
 import io
@@ -60,7 +60,7 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 # ---- techniques
 
 def check_technique(name, folder, device):
-    """A row of the table: milliseconds and waits of a step, or `failed`, the reason; the run is in folder/<name>."""
+    """A row of the table: milliseconds and waits of a step, or the reason as `failed`; the run is in folder/<name>."""
     flags = [*shlex.split(COMMON), *shlex.split(TECHNIQUES[name].format(folder=folder)), "--device", str(device)]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -68,12 +68,12 @@ def check_technique(name, folder, device):
             run = experiment.start(train_pruning.__file__, "", train_pruning.SETTINGS, train.RECIPES,
                                    [*flags, "--out", str(folder / f"{name}, its steps")])
             return {"technique": name, **time_step(run)}
-    except Exception as problem:          # kernels and compilers fail in many types; the others are still to be seen
+    except Exception as problem:          # kernels and compilers raise many types; the other techniques follow
         return {"technique": name, "failed": (str(problem).strip() or type(problem).__name__).splitlines()[0]}
 
 
 def time_step(run):
-    """Milliseconds of a training step, the mean of three in a row behind two others, and the waits in one of those."""
+    """Milliseconds of a training step, the mean of three after two warm-up steps, and the waits in the second one."""
     experiment.begin_round(run)
     if run.settings["pruning"] not in set_pruning_train.SHRINKING:
         run.masks = pruning.global_masks(run.model, 0.5)
@@ -88,7 +88,7 @@ def time_step(run):
 
 
 def count_waits(act, device):
-    """How often the host waits for the GPU while it does `act()`; on a CPU never."""
+    """How often the host waits for the GPU while it runs `act()`; 0 on a CPU."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         if device.type == "cuda":
@@ -102,7 +102,7 @@ def count_waits(act, device):
 
 
 def check_resume(whole, folder):
-    """RuntimeError unless the run in `whole`, gone on with after its first epoch in `folder`, ends in the same bits."""
+    """RuntimeError unless the run in `whole`, resumed in `folder` after its first epoch, ends with the same bits."""
     folder.mkdir()
     shutil.copy(whole / "previous.pt", folder / "last.pt")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -116,7 +116,7 @@ def check_resume(whole, folder):
 # ---- convolutions
 
 def time_convolutions(device, dtype=torch.bfloat16):
-    """Rows of {channels, side, batch, times}; times: {way: milliseconds forward and backward of one 3x3 layer}."""
+    """Rows of {channels, side, batch, times}; times: {way: milliseconds of one 3x3 layer, forward and backward}."""
     searched, rows = (False, True) if device.type == "cuda" else (False,), []
     for (channels, side), batch in product(STAGES, BATCHES):
         times = {}
@@ -129,7 +129,7 @@ def time_convolutions(device, dtype=torch.bfloat16):
 
 
 def time_convolution(channels, side, batch, form, layout, device, dtype):
-    """Milliseconds of forward and backward passes of one layer with `GROUPS` groups, the least of three repeats."""
+    """Milliseconds of a forward and backward pass of one layer with `GROUPS` groups, the fastest of three repeats."""
     layer = nn.Conv2d(channels, channels, 3, padding=1, groups=GROUPS, bias=False).to(device)
     compiling.lay_out(nn.Sequential(layer), layout, form)
     images = torch.randn(batch, channels, side, side, device=device).contiguous(memory_format=layout).requires_grad_()
@@ -142,10 +142,10 @@ def time_convolution(channels, side, batch, form, layout, device, dtype):
     return 1000 * min(compiling.time_repeats(both, images, 3, 0.02, device)[1])
 
 
-# ---- what it says
+# ---- the output
 
 def print_techniques(rows):
-    """The table, the slowest step first, after those that failed."""
+    """Print the table: failed techniques first, then the others by time, slowest first."""
     print(f"\n{'technique':36}{'ms a step':>10}{'waits':>7}")
     for row in sorted(rows, key=lambda row: -row.get("milliseconds", float("inf"))):
         told = f"  failed: {row['failed']}" if "failed" in row else f"{row['milliseconds']:10.2f}{row['waits']:7}"
@@ -153,7 +153,7 @@ def print_techniques(rows):
 
 
 def print_convolutions(rows):
-    """A line a stage and batch: how long what training takes is, and what would be faster there."""
+    """Print a line per stage and batch: the time of the form used in training, and which form would be faster."""
     print("\na 3x3 convolution, forward and backward")
     for row in rows:
         (taken, usual), best = next(iter(row["times"].items())), min(row["times"], key=row["times"].get)
@@ -163,10 +163,10 @@ def print_convolutions(rows):
 
 
 def parse(argv):
-    """The flags of this part."""
+    """The flags of this benchmark."""
     parser = commandline.Parser(prog="benchmark.py check", description=__doc__.splitlines()[0])
     parser.add_argument("--techniques", nargs="+", choices=list(TECHNIQUES), default=list(TECHNIQUES), metavar="NAME",
-                        help=f"these alone, of {', '.join(TECHNIQUES)}")
+                        help=f"only these, of {', '.join(TECHNIQUES)}")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try the check itself (cuda)")
     parser.add_argument("--json", help="write the numbers to this file")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

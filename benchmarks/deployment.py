@@ -1,12 +1,12 @@
-"""What trained networks are worth in use: `python benchmark.py deployment runs/a/model.pt small=pretrained/b.pt.gz`.
+"""Benchmark exported networks: `python benchmark.py deployment runs/a/model.pt small=pretrained/b.pt.gz`.
 
-Each network is exported by export.py, and every file is used as it would be: the
-compact one in PyTorch, eager and compiled, the ONNX files in ONNX Runtime, in
-float32, with weights stored in 8 bits, and in int8; of few bits the packed one, in
-exact integers (one that is packed already as it is). A row says what that file gives
-on all test images, its bytes, and the milliseconds that one image takes, all in one
-run; dense ResNet-18, eager in PyTorch and untrained, is what they are compared with.
---json writes the numbers, with a table (.md) and a plot (.png) beside them.
+Each network is exported by export.py, and every file is run as in deployment: the
+compact file in PyTorch, eager and compiled, the ONNX files in ONNX Runtime, in float32,
+with weights stored in 8 bits, and in int8; a quantized network as a packed file, in exact
+integers (a packed file is used as it is). A row holds the file's accuracy on all test
+images, its bytes, and the milliseconds for one image, all measured in the same run. The
+reference is dense ResNet-18, untrained, in eager PyTorch. --json writes the numbers, with
+a table (.md) and a plot (.png) beside them.
 """
 import json
 import os
@@ -33,7 +33,7 @@ DENSE = "ResNet-18 dense, untrained"
 
 
 def named(given):
-    """(name, path) of NAME=PATH; of a path alone, named as its run or, outside a run, as its file."""
+    """(name, path) from NAME=PATH; a path alone is named after its run's folder or, outside a run, its file."""
     name, found, path = ("", "", given) if Path(given).exists() else given.rpartition("=")
     path = checkpoint.find(path)
     if not path.is_file():
@@ -42,9 +42,9 @@ def named(given):
 
 
 def forms_of(source):
-    """The forms that a network is written in: of few bits its own integers, of floats those that ONNX Runtime finds.
+    """The forms that a network is exported in: packed integers only if quantized, 8-bit ONNX files only if float32.
 
-    Of a file that is packed already there is none but itself.
+    A file that is packed already is used as it is.
     """
     if is_packed(source):
         return ["packed integers"]
@@ -58,7 +58,7 @@ def is_packed(source):
 
 
 def write_form(source, path, data):
-    """Write a network in the form that the end of `path` says, by export.py; what is packed already is copied."""
+    """Export a network to `path`, whose ending names the form, by export.py; a packed file is copied."""
     if is_packed(source):
         shutil.copy(source, path)
     else:
@@ -66,7 +66,7 @@ def write_form(source, path, data):
 
 
 def write_dense(path, dataset):
-    """A checkpoint of dense ResNet-18 for the images of a data set, freshly initialised."""
+    """Write a checkpoint of a dense ResNet-18 for the images of a data set, freshly initialised."""
     kind = cifar10.kind_of(dataset)
     architecture = {"name": "resnet18", "num_classes": len(kind.classes), "in_channels": kind.shape[-1],
                     "groups": 1, "shuffle": False}
@@ -75,7 +75,7 @@ def write_dense(path, dataset):
 
 
 def open_form(form, path):
-    """A function from images to logits, of an exported file; ValueError where it cannot be made here."""
+    """A function from images to logits, loaded from an exported file; ValueError if this machine cannot run it."""
     if form.startswith("ONNX"):
         return onnx_files.open_onnx(path)
     if form.endswith("compiled") and not compiling.find_compiler():
@@ -85,7 +85,7 @@ def open_form(form, path):
 
 
 def time_form(form, path, shape, repeats, seconds):
-    """Milliseconds that an image of `shape` takes, one image a call: median and range, or why it was not run."""
+    """Milliseconds for one image of `shape`, one image per call: median and range, or why it was not run."""
     compiling.keep_freed_memory()
     images, device = torch.randn(1, *shape), torch.device("cpu")
     try:
@@ -106,7 +106,7 @@ def test_form(form, path, batches):
 
 
 def measure(name, source, folder, data, arguments):
-    """The rows of one network, a form each. Only what was trained is tested."""
+    """The rows of one network, one per form. The untrained reference is not tested."""
     profile = json.loads(call(["profil.py", "--checkpoint", str(source), "--json"]))
     kind, rows, accuracies = networks.data_of(source, load_network(source)[1])[1], [], {}
     for form in forms_of(source):
@@ -126,7 +126,7 @@ def measure(name, source, folder, data, arguments):
 
 
 def compare(rows, reference_bytes):
-    """Add how many times faster and smaller than the reference each row is, in place."""
+    """Add to each row, in place, how many times faster and smaller than the reference it is."""
     base = next(row for row in rows if (row["network"], row["form"]) == (DENSE, "PyTorch"))
     for row in rows:
         row["times_smaller"] = reference_bytes / row["bytes"]
@@ -135,7 +135,7 @@ def compare(rows, reference_bytes):
 
 
 def print_row(row):
-    """One line a row."""
+    """Print a row as one line."""
     accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.2f} %"
     speed = f"not run: {row['not_run']}" if "not_run" in row else (
         f"{row['milliseconds']['median']:8.3f} ms ({row['milliseconds']['min']:.3f} to "
@@ -145,7 +145,7 @@ def print_row(row):
 
 
 def markdown_of(rows):
-    """The table for a README."""
+    """The table in Markdown."""
     lines = ["| network | MACs | parameters left | form | test % | bytes | smaller | ms, one image | faster |",
              "|---" * 9 + "|"]
     for row in rows:
@@ -158,7 +158,7 @@ def markdown_of(rows):
 
 
 def draw(path, rows):
-    """Accuracy against milliseconds, a colour a network, a marker a form; the area grows with the file."""
+    """Plot accuracy against milliseconds: a colour per network, a marker per form, areas by file size."""
     from matplotlib.figure import Figure
     shown = [row for row in rows if row["accuracy"] is not None and "milliseconds" in row]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -181,13 +181,13 @@ def draw(path, rows):
 
 
 def parse(argv):
-    """The flags of this script."""
+    """The flags of this benchmark."""
     parser = commandline.Parser(prog="benchmark.py deployment", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="+", help="trained networks of one data set, each a path or NAME=PATH")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
-    parser.add_argument("--limit", type=int, help="test on so many images (all)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of a repeat (0.5)")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats that count (5)")
+    parser.add_argument("--limit", type=int, help="number of test images (all)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds per repeat (0.5)")
+    parser.add_argument("--repeats", type=int, default=5, help="number of repeats (5)")
     parser.add_argument("--json", help="write the numbers to this file, a table (.md) and a plot (.png) beside it")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)

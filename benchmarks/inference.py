@@ -1,9 +1,9 @@
-"""How fast networks infer, side by side: `python benchmark.py inference`.
+"""Inference speed of several networks: `python benchmark.py inference`.
 
-Images a second of several networks, eager and compiled, in ONNX Runtime in float32 and
-int8, in other precisions, one image at a time and many. Each runs in a process of its
-own, warms up first, and is a median with its range; --json writes the numbers, with a
-table (.md) and a plot (.png) beside them.
+Images a second in eager and compiled PyTorch, in ONNX Runtime in float32 and int8, in
+other precisions, one image at a time and in batches. Each measurement runs in a process
+of its own, warms up first, and gives a median with its range; --json writes the numbers,
+with a table (.md) and a plot (.png) beside them.
 """
 import json
 import tempfile
@@ -30,7 +30,7 @@ SHAPE = (3, 32, 32)
 
 
 def prepare(way, model, batch, device):
-    """A function from images to logits, and the seconds that making it took; ValueError where it cannot be made."""
+    """(function from images to logits, a batch, seconds of setup); ValueError if this machine cannot run it."""
     begun, images = time.perf_counter(), torch.randn(batch, *SHAPE)
     if way.startswith("onnx"):
         if device.type != "cpu":
@@ -53,7 +53,7 @@ def prepare(way, model, batch, device):
 
 
 def time_inference(network, way, batch, device_, repeats, seconds):
-    """A row of the table: images a second and milliseconds a call, over `repeats` of about `seconds` each."""
+    """A row of the table: images a second and milliseconds per call, over `repeats` of about `seconds` each."""
     device = commandline.pick_device(device_)
     row = {"network": network, "way": way, "batch": batch, "device": commandline.device_name(device)}
     compiling.set_up(device)
@@ -70,7 +70,7 @@ def time_inference(network, way, batch, device_, repeats, seconds):
 
 
 def measure_inference(arguments):
-    """All rows, each from a process of its own, with the speed relative to eager dense ResNet-18 at the same batch."""
+    """All rows, each from its own process, with the speed relative to eager dense ResNet-18 at the same batch size."""
     rows = []
     for network in arguments.networks:
         for way in arguments.ways:
@@ -87,7 +87,7 @@ def measure_inference(arguments):
 
 
 def print_inference(rows, header=True):
-    """Rows of the table; one that was not run says why."""
+    """Print rows of the table; for one that was not run, the reason."""
     if header:
         print(f"{'network':20}{'way':16}{'batch':>6}{'ms a call':>12}{'images/s':>10}{'least to greatest':>22}"
               f"{'setup s':>9}")
@@ -102,7 +102,7 @@ def print_inference(rows, header=True):
 
 
 def markdown_of(rows):
-    """The table for a README: a line a network and way, a column a batch."""
+    """The table in Markdown: a line per network and way, a column per batch size."""
     batches = sorted({row["batch"] for row in rows})
     lines = ["| network | way | " + " | ".join(f"images/s, batch {batch}" for batch in batches)
              + " | times faster, batch 1 | seconds to set up |", "|---" * (len(batches) + 4) + "|"]
@@ -117,7 +117,7 @@ def markdown_of(rows):
 
 
 def draw_inference(path, rows):
-    """Images a second by network and way, one panel a batch, on a logarithmic axis."""
+    """Plot images a second by network and way, one panel per batch size, on a logarithmic axis."""
     from matplotlib.figure import Figure
     run = [row for row in rows if "milliseconds" in row]
     batches, ways = sorted({row["batch"] for row in run}), list(dict.fromkeys(row["way"] for row in run))
@@ -138,13 +138,13 @@ def draw_inference(path, rows):
 
 
 def parse(argv):
-    """The flags of this part."""
+    """The flags of this benchmark."""
     parser = commandline.Parser(prog="benchmark.py inference", description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 256], help="images a call (1 256)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of a repeat (0.5)")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats that count (5)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 256], help="batch sizes (1 256)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds per repeat (0.5)")
+    parser.add_argument("--repeats", type=int, default=5, help="number of repeats (5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--json", help="write the numbers to this file, a table (.md) and a plot (.png) beside it")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -1,10 +1,10 @@
-"""Where we stand: `python benchmark.py overview` tests and counts every network that ships, beside what others report.
+"""Compare our networks with others: `python benchmark.py overview` tests and counts every network that ships.
 
-overview.json names them: our files, which test.py and profil.py measure here on all
-test images, and results of others as their authors give them. Writes
+benchmarks/overview.json lists them: our files, which test.py and profil.py measure on all
+test images, and results of others as reported by their authors. Writes
 results/overview.json with the numbers, overview.md, the table of docs/results.md,
-overview_short.md, README's, without what stands aside, and overview.png. --draw
-writes tables and picture again from the numbers that are there.
+overview_short.md, the README's table without the rows marked `aside`, and overview.png.
+--draw writes tables and plot again from the stored numbers.
 """
 import json
 import os
@@ -17,12 +17,12 @@ from profil import DENSE_MACS, DENSE_PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMED = Path(__file__).with_suffix(".json")
-BAR = 90              # % of the test images, from which on the course's score counts
+BAR = 90              # test accuracy in %, from which on the course's score counts
 AXES = {"parameters": "parameters that are not zero", "score": "course score"}
 
 
 def measure(network, data):
-    """The row of a network of ours: what test.py and profil.py find in its file."""
+    """The row of one of our networks, measured by test.py and profil.py on its file."""
     file = str(ROOT / network["file"])
     test = json.loads(call(["test.py", "--checkpoint", file, "--data", data, "--json"]))
     profile = json.loads(call(["profil.py", "--checkpoint", file, "--json"]))
@@ -33,7 +33,7 @@ def measure(network, data):
 
 
 def completed(row):
-    """A cited row with its shares from its numbers, against dense ResNet-18; a share alone gives no number."""
+    """A cited row with the shares removed, relative to dense ResNet-18, computed where it has the numbers."""
     for name, whole in (("parameters", DENSE_PARAMETERS), ("macs", DENSE_MACS)):
         if name in row:
             row = {f"{name}_removed": 1 - row[name] / whole, **row}
@@ -41,7 +41,7 @@ def completed(row):
 
 
 def markdown_of(rows):
-    """The table of the pages."""
+    """The table of README and docs in Markdown."""
     lines = ["| CIFAR-10 | test accuracy | n | parameters left | removed | MACs | removed | course score | bytes |",
              "|---" * 9 + "|"]
     for row in rows:
@@ -55,29 +55,29 @@ def markdown_of(rows):
 
 
 def count(row, name):
-    """A whole number, or nothing."""
+    """A whole number as text, or "" if the row has none."""
     return f"{row[name]:,.0f}" if name in row else ""
 
 
 def share(row, name):
-    """A share in %, or nothing; none is 0."""
+    """A share in % as text; "0" if it is zero or None, "" if the row has none."""
     return f"{100 * row[name]:.1f} %" if row.get(name) else "0" if name in row else ""
 
 
 def score(row):
-    """Two digits that count, or nothing."""
+    """The score with two significant digits, or "" if the row has none."""
     if "score" not in row:
         return ""
     return f"{row['score']:.4f}" if row["score"] < 0.01 else f"{row['score']:.3f}".rstrip("0")
 
 
 def draw(path, rows):
-    """Test accuracy against parameters left and against the score, under their short names; a range is a bar."""
+    """Plot test accuracy against parameters left and against the score, with short names; a range is a bar."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), AXES.items(), strict=True):
         for row in rows:
-            place = row.get(name, row.get(f"about_{name}"))       # a share of dense ResNet-18 that somebody claims
+            place = row.get(name, row.get(f"about_{name}"))       # estimated from a cited share
             if place is None:
                 continue
             ours, low, high = "file" in row, min(row["accuracy"]), max(row["accuracy"])
@@ -98,11 +98,11 @@ def draw(path, rows):
 
 
 def parse(argv):
-    """The flags of this script."""
+    """The flags of this benchmark."""
     parser = commandline.Parser(prog="benchmark.py overview", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="data", help="folder of CIFAR-10's files (data)")
-    parser.add_argument("--out", default="results", help="folder of what is written (results)")
-    parser.add_argument("--draw", action="store_true", help="measure nothing, write table and picture again")
+    parser.add_argument("--out", default="results", help="folder to write to (results)")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, write tables and plot again")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 

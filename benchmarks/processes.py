@@ -1,7 +1,7 @@
-"""Processes that measure: each alone with its libraries and its memory, and gone when the one that asks is.
+"""Measuring in separate processes: each has its own libraries and memory, and ends with its parent.
 
-    row = alone(time_inference, network, way)       # what the function returns there
-    pipe = begin(serve, loop)                       # or a process to talk to: serve(loop, the pipe's other end)
+    row = alone(time_inference, network, way)       # calls the function in a process, returns its result
+    pipe = begin(serve, loop)                       # or starts serve(loop, pipe) in a process to talk to
     answer = ask(pipe)
 """
 import contextlib
@@ -11,7 +11,7 @@ import signal
 
 @contextlib.contextmanager
 def deaf():
-    """Within it Ctrl-C is not heard, by this process and for good by those that it starts: they end with it."""
+    """A block that ignores Ctrl-C; processes started in it ignore it for good, since they end with their parent."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -20,17 +20,17 @@ def deaf():
 
 
 def begin(function, *arguments):
-    """Start function(*arguments, pipe) in a process; returns this end of the pipe."""
+    """Start function(*arguments, pipe) in a process; returns our end of the pipe."""
     context = multiprocessing.get_context("spawn")
     pipe, far = context.Pipe()
     with deaf():
         context.Process(target=function, args=(*arguments, far), daemon=True).start()
-    far.close()                           # the process has its own: without it the end of one is not noticed
+    far.close()                           # the process has its own copy; with ours open its end would go unnoticed
     return pipe
 
 
 def ask(pipe):
-    """What the process at the other end sends next; its error is raised here. RuntimeError where it has ended."""
+    """Receive the next answer of the process at the other end; raises its error, or RuntimeError if it has ended."""
     try:
         answer = pipe.recv()
     except (EOFError, ConnectionError):
@@ -45,12 +45,12 @@ def answer_once(function, arguments, pipe):
     """Send what function(*arguments) returns, or the error that it raises."""
     try:
         pipe.send(function(*arguments))
-    except Exception as problem:          # of any type: it is raised where the answer is waited for
+    except Exception as problem:          # of any type: the waiting process raises it
         pipe.send(problem)
 
 
 def alone(function, *arguments):
-    """What function(*arguments) returns, called in a process of its own."""
+    """Call function(*arguments) in a process of its own and return its result."""
     pipe = begin(answer_once, function, arguments)
     try:
         return ask(pipe)

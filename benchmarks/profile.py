@@ -1,9 +1,10 @@
-"""What bounds training: `python benchmark.py profile` says where the time of a step of train.py goes (torch.profiler).
+"""Profile training: `python benchmark.py profile` shows where the time of a train.py step goes (torch.profiler).
 
-The kinds of kernels by time, the slowest ones by name, and how close convolutions come
-to a large matrix product of the same arithmetic in the same run. On a GPU also the share
-of the time in which it computes; in the rest it waits for the host. --json writes the
-numbers. Recording costs some speed: `benchmark.py training` measures it without.
+Prints the time by kind of kernel, the slowest kernels by name, and the throughput of the
+convolutions next to that of a large matrix product in the same arithmetic. On a GPU also
+the share of the time in which it computes; the rest of the time it waits for the host.
+--json writes the numbers. Recording slows training down; `benchmark.py training` measures
+the speed without it.
 """
 import json
 import os
@@ -22,24 +23,24 @@ import train
 from benchmarks import training
 from engine import commandline, compiling, files, run_files
 
-KINDS = {         # the first pattern that a kernel's name has
+KINDS = {         # the first pattern that matches a kernel's name decides
     "batch norm, activations, additions": r"cpp_fused|triton_|batch_norm|relu|clamp_min|threshold_backward",
     "convolutions and products": r"conv|gemm|cutlass|xmma|fprop|[dw]grad|addmm|::mm$",
     "update of weights and average": r"Optimizer|foreach|multi_tensor|lerp",
 }
 REST = "images, loss, Python and the rest"
-SIDE = 2048       # of the matrices that are multiplied to compare with
+SIDE = 2048       # rows and columns of the matrices multiplied for comparison
 
 
 def kind_of(name):
-    """Which of KINDS a kernel or operator belongs to, REST for none."""
+    """The kind in KINDS that a kernel or operator belongs to, or REST."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), REST)
 
 
 def record(run, steps):
-    """(seconds, kernels) of so many training steps behind five that warm up; kernels: {name: seconds}, none in another.
+    """(seconds, kernels) of `steps` training steps after five for warm-up; kernels: {name: seconds without callees}.
 
-    On a GPU what it computes, elsewhere what the CPU does.
+    On a GPU its kernels, elsewhere the CPU's operators.
     """
     batches, cuda = training.endless(run.train), run.device.type == "cuda"
     run.model.train()
@@ -61,23 +62,23 @@ def record(run, steps):
 
 
 def take_steps(run, batches, steps):
-    """Train for so many steps, and wait for them."""
+    """Train for `steps` steps and wait for the device."""
     for step, (images, labels) in enumerate(islice(batches, steps)):
         train.train_step(run, *train.as_step_takes(run, images, labels), step)
     compiling.synchronise(run.device)
 
 
 def product_speed(dtype, device):
-    """Operations a second of a product of two square matrices, the median of five repeats."""
+    """Operations per second of a product of two square matrices, the median of five repeats."""
     one, other = torch.randn(2, SIDE, SIDE, device=device).to(dtype)
     _, seconds = compiling.time_repeats(one.matmul, other, 5, 0.2, device)
     return 2 * SIDE ** 3 / sorted(seconds)[2]
 
 
 def summary_of(run, seconds, kernels, images, macs):
-    """What --json writes of a recording. images: those of all its steps; macs: of one image's forward pass.
+    """The summary of a recording that --json writes. images: of all its steps; macs: of one image's forward pass.
 
-    A training step is three passes of convolutions: forward, and backward to inputs and to weights.
+    A training step runs each convolution three times: forward, and backward for inputs and for weights.
     """
     kinds = dict.fromkeys([*KINDS, REST], 0.0)
     for name, taken in kernels.items():
@@ -95,14 +96,14 @@ def summary_of(run, seconds, kernels, images, macs):
 
 
 def bound_of(device, busy, kinds):
-    """What to make faster first."""
+    """The part of a step that limits the speed most."""
     if device.type == "cuda" and busy < 0.8:
         return "the host, which launches kernels more slowly than the GPU computes them"
     return max(kinds, key=kinds.get)
 
 
 def print_summary(summary):
-    """The summary, for people."""
+    """Print the summary."""
     print(f"{summary['images_per_second']:.0f} images a second while recorded, {summary['how']}, {summary['device']}\n")
     for title in ("shares", "slowest"):
         for name, share in summary[title].items():
@@ -116,11 +117,11 @@ def print_summary(summary):
 
 
 def parse(argv):
-    """The flags of this script."""
+    """The flags of this benchmark."""
     parser = commandline.Parser(prog="benchmark.py profile", description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="cifar10", help="that training reads")
+    parser.add_argument("--dataset", default="cifar10", help="data set to train on (cifar10)")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
-    parser.add_argument("--steps", type=int, default=20, help="training steps that are recorded (20)")
+    parser.add_argument("--steps", type=int, default=20, help="number of training steps to record (20)")
     parser.add_argument("--recipe", choices=["ours", *train.RECIPES], default="ours")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--json", help="write the numbers to this file, such as results/training_profile.json")
@@ -136,10 +137,10 @@ def main(argv):
     arguments = parse(argv)
     if arguments.json:
         run_files.check_target(arguments.json)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")                # the recorder tells of every GPU that is not there
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")                # else the recorder warns of every missing GPU
     if commandline.pick_device(arguments.device).type == "cpu":
         from torch._inductor import config
-        config.cpp.enable_kernel_profile = True                    # what is compiled is recorded by name
+        config.cpp.enable_kernel_profile = True                    # records compiled kernels by name
     run, how = training.make_run({"recipe": arguments.recipe}, arguments)
     height, width, channels = cifar10.kind_of(arguments.dataset).shape
     macs = sum(row["macs"] for row in profil.count_layers(run.model, (channels, height, width)))

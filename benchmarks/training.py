@@ -1,10 +1,10 @@
-"""How fast training is: `python benchmark.py training`.
+"""Training speed of our loop and the published run's: `python benchmark.py training`.
 
-The loop of train.py, with `--resize 20` the same with smaller images at first, against
-the published run's (`--recipe published`: batch 32, a DataLoader, four passes over data
-an epoch, of which one trains), in turns, so that a slow minute hits all. Each runs in
-a process of its own, warms up first, and is a median with its range; --json writes
-the numbers.
+Measures the loop of train.py, with `--resize 20` also with smaller images at first,
+against the published run's (`--recipe published`: batch 32, a DataLoader, four passes over
+data per epoch, of which one trains). The loops take turns, so that a slow minute affects
+all of them. Each runs in a process of its own, warms up first, and gives a median with its
+range; --json writes the numbers.
 """
 import json
 import time
@@ -22,7 +22,7 @@ from engine.computing import choose_computing
 
 
 def make_run(changes, arguments):
-    """A run that is ready to train, with the settings that train.py would resolve; nothing is written."""
+    """(a run that is ready to train, with the settings train.py would use; how it computes); writes nothing."""
     lines = commandline.lines_of(train.__file__, train.SETTINGS)
     recipe = changes.get("recipe", "ours")
     settings = {**train.DEFAULTS, **lines, **train.RECIPES.get(recipe, {}), **changes, "lines": lines,
@@ -38,14 +38,14 @@ def make_run(changes, arguments):
 
 
 def time_training(run, batches, images):
-    """Seconds an image of training, loading included: the mean over a round whose images may grow."""
+    """Seconds per image of training, loading included: the mean over a round, in which image sizes may grow."""
     until = run.settings["resize_until"] if run.settings["resize"] is not None else 0.0
     return sum(share * time_part(run, batches, images, all_small)
                for share, all_small in ((until, 1.0), (1 - until, 0.0)) if share > 0)
 
 
 def time_part(run, batches, images, resize_until):
-    """Seconds an image over about `images` images of training steps, with images resized in all of them or in none."""
+    """Seconds per image over about `images` training images; resize_until: 1 resizes them in all steps, 0 in none."""
     settings, count = run.settings, max(2, images // run.settings["batch_size"])
     run.model.train()
     run.settings = {**settings, "resize_until": resize_until}
@@ -59,7 +59,7 @@ def time_part(run, batches, images, resize_until):
 
 
 def time_evaluation(run, batches, images):
-    """Seconds an image over about `images` images of evaluation, loading included."""
+    """Seconds per image over about `images` images of evaluation, loading included."""
     size = run.settings["batch_size"] if run.settings["recipe"] == "published" else run.validation.batch_size
     chosen = list(range(max(1, images // size)))
     begun = time.perf_counter()
@@ -69,13 +69,13 @@ def time_evaluation(run, batches, images):
 
 
 def endless(batches):
-    """Batches without end, epoch after epoch."""
+    """Yield batches without end, epoch after epoch."""
     while True:
         yield from batches
 
 
 def serve(loop, arguments, pipe):
-    """A process that holds one loop and times a part of it whenever it is asked, so that neither helps the other."""
+    """Hold one loop in this process and time it on each request through `pipe`, so that loops share no caches."""
     try:
         run, note = make_run(loop, arguments)
         training, validation = endless(run.train), endless(run.validation)
@@ -84,13 +84,13 @@ def serve(loop, arguments, pipe):
             pipe.send((time_training(run, training, arguments.images),
                        time_evaluation(run, validation, arguments.images)))
     except EOFError:
-        return                            # the other end is gone
+        return                            # the parent has closed the pipe
     except (ValueError, OSError, RuntimeError) as problem:
         pipe.send(problem)
 
 
 def measure_training(arguments):
-    """The rows of the table: median and range over the repeats, by loop."""
+    """The rows of the table, {loop: row}: median and range over the repeats."""
     loops = {"ours": {}}
     for name in ("resize", "convolutions"):
         if getattr(arguments, name) is not None:
@@ -100,7 +100,7 @@ def measure_training(arguments):
     times = {name: [] for name in loops}
     for name, loop in loops.items():
         pipes[name] = begin(serve, loop, arguments)
-        facts[name] = ask(pipes[name])    # it compiles and chooses alone on the device, then the next one begins
+        facts[name] = ask(pipes[name])    # compiles and times while no other loop uses the device
     for repeat in range(arguments.repeats + 1):       # the first one warms up
         for name, pipe in pipes.items():
             pipe.send(True)
@@ -123,13 +123,13 @@ def measure_training(arguments):
 
 
 def ratios_of(rows):
-    """How many times the images a second of the published loop each of ours does, {loop: {part: ratio}}."""
+    """{loop: {part: ratio}}: the images per second of each of our loops, divided by the published loop's."""
     return {name: {part: row[part]["median"] / rows["published"][part]["median"] for part in ("training", "epoch")}
             for name, row in rows.items() if name != "published"}
 
 
 def print_training(rows, where):
-    """The table."""
+    """Print the table."""
     print(f"images a second, median (least to greatest), {where}\n")
     print(f"{'loop':20}{'batch':>6}  {'training steps':24}{'evaluation':24}{'whole epoch':24}how")
     for name, row in rows.items():
@@ -142,16 +142,16 @@ def print_training(rows, where):
 
 
 def parse(argv):
-    """The flags of this part."""
+    """The flags of this benchmark."""
     parser = commandline.Parser(prog="benchmark.py training", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="cifar10", help=cifar10.HELP)
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
-    parser.add_argument("--images", type=int, default=1500, help="images a repeat and a part (1500)")
+    parser.add_argument("--images", type=int, default=1500, help="images per repeat of training and evaluation (1500)")
     parser.add_argument("--resize", type=int, metavar="PIXELS",
-                        help="our loop also with images of so many pixels for half of a round")
+                        help="also time our loop with images of this size for the first half of a round")
     parser.add_argument("--convolutions", choices=["grouped", "dense"],
-                        help="our loop also with grouped convolutions computed so")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats that count (5)")
+                        help="also time our loop with grouped convolutions computed in this form")
+    parser.add_argument("--repeats", type=int, default=5, help="number of repeats, after one for warm-up (5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--json", help="write the numbers to this file, such as results/benchmark_training.json")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

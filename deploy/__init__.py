@@ -1,1 +1,1 @@
-"""What leaves the house: ONNX files and packed integers."""
+"""Formats for deployment: ONNX files and packed integers."""

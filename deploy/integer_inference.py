@@ -1,17 +1,17 @@
-"""Networks of few bits as they ship: integers packed to their bits, and the inference that computes with them.
+"""Quantized networks for deployment: integers packed to their bits, and inference in integer arithmetic.
 
-    save_packed("model.packed.gz", {"model": ...})         # see `packed`
-    load_packed(model, checkpoint.read("model.packed.gz"))   # then model(images) as always
+    save_packed(path, model, network)                   # see `packed`
+    load_packed(model, checkpoint.read(path), path)     # then model(images) as always
 
 Each convolution and linear layer rounds its inputs to integers, multiplies and
-adds integers alone, and turns each sum into a number with one scale and one shift
-of its output channel, into which the batch norm behind it is folded. What lies
-between layers (sums of residual blocks, activations, pooling) stays in float32.
+adds only integers, and converts each sum to float32 with one scale and one shift per
+output channel, into which the following batch norm is folded. Everything between these
+layers (sums of residual blocks, activations, pooling) is computed in float32.
 
-The sums are those of 32-bit integers, exactly: that no input can take them beyond
-is checked when a file is written and when it is read. They are computed as float64
-products of integers below 2^31, far within its 53 bits, and rounded, so that no
-algorithm for convolutions can change one.
+The sums equal those of 32-bit integer arithmetic exactly: when a file is written or
+read, it is checked that no input can make them overflow. They are computed in float64,
+whose 53 bits hold integers below 2^31 with room to spare, and rounded, so that the choice
+of a convolution algorithm cannot change them.
 """
 import gzip
 import io
@@ -30,22 +30,22 @@ FLOATS = "a packed file holds a network of few bits, this one has floats; --weig
 # ---- integers packed to their bits
 
 def pack_integers(codes, bits):
-    """Unsigned integers below 2^bits, of any shape -> uint8 tensor, ceil(N bits / 8) bytes; the first one highest."""
+    """Unsigned integers below 2^bits, any shape -> uint8 tensor, ceil(N bits / 8) bytes; the first in the high bits."""
     each = np.unpackbits(codes.numpy().astype(np.uint8).reshape(-1, 1), axis=1)[:, 8 - bits:]
     return torch.from_numpy(np.packbits(each))
 
 
 def unpack_integers(packed, bits, count):
-    """The `count` integers of `pack_integers`, (count,) uint8; ValueError where the number of bytes is another."""
+    """The `count` integers packed by `pack_integers`, (count,) uint8; ValueError for a wrong number of bytes."""
     flags = packing.unpack_bits(packed, count * bits).numpy().reshape(count, bits)
     return torch.from_numpy(np.packbits(np.pad(flags, ((0, 0), (8 - bits, 0))), axis=1)[:, 0].copy())
 
 
 def pack_weights(weight, bits):
-    """Integer weights, int8 -> their shape, and `codes`, `bits` each, counted from the lowest one.
+    """Integer weights, int8 -> a dictionary: `shape`, and `codes` of `bits` bits each, offset so that the lowest is 0.
 
-    Where it is smaller, or where signs have zeros among them: `kept`, one bit an entry,
-    and the codes of those that are not zero.
+    If that is smaller, or if 1-bit weights contain zeros: also `kept`, one bit per entry,
+    and codes of the nonzero entries only.
     """
     kept, packed = weight != 0, {"shape": list(weight.shape)}
     if sparse(weight.numel(), int(kept.sum()), bits):
@@ -55,13 +55,13 @@ def pack_weights(weight, bits):
 
 
 def sparse(count, nonzero, bits):
-    """Whether `count` weights, of which some are zero, take fewer bytes as a bitmask and the others' codes."""
+    """Whether `count` weights take fewer bytes as a bitmask with codes of the nonzero ones only."""
     as_mask, whole = -(-count // 8) - (-nonzero * bits // 8), -(-count * bits // 8)
     return nonzero < count and (bits == 1 or as_mask < whole)
 
 
 def unpack_weights(packed, bits):
-    """The int8 tensor that `pack_weights` took; ValueError where shape, bits and bytes contradict each other."""
+    """The int8 tensor packed by `pack_weights`; ValueError where shape, bits and bytes contradict each other."""
     shape = packed["shape"]
     count = int(np.prod(shape, dtype=object))
     kept = packing.unpack_bits(packed["kept"], count) if "kept" in packed else torch.ones(count, dtype=torch.bool)
@@ -74,14 +74,14 @@ def unpack_weights(packed, bits):
 # ---- from a network to a file
 
 class Tracer(fx.Tracer):
-    """Follows a network from layer to layer."""
+    """Traces a network layer by layer."""
 
     def is_leaf_module(self, module, name):
         return not any(module.children())
 
 
 def folded_norms(model):
-    """{layer: batch norm} of the quantized layers whose outputs a batch norm reads, and nothing else."""
+    """{layer: batch norm} for the quantized layers whose output is read by one batch norm and nothing else."""
     modules, pairs = dict(model.named_modules()), {}
     for node in Tracer().trace(model).nodes:
         if node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d):
@@ -93,11 +93,11 @@ def folded_norms(model):
 
 @torch.no_grad()
 def packed_layer(layer, norm=None):
-    """One quantized layer, and the batch norm that is folded into it, as a dictionary of plain types and tensors.
+    """One quantized layer, with the batch norm folded into it, as a dictionary of plain types and tensors.
 
-    bits; folded, whether there is a norm within; shape, codes and kept: see
-    `pack_weights`; scale, and shift where there is a bias or a norm, (outputs,) float32;
-    step, a number, and low: the inputs' integers are round(x / step) from low to
+    bits: [of weights, of activations]; folded: whether a batch norm is included; shape, codes
+    and kept: see `pack_weights`; scale, and shift if there is a bias or a norm: (outputs,)
+    float32; step, a number, and low: the inputs' integers are round(x / step), from low to
     low + 2^b - 1.
     """
     step, scale = layer.activation_step.double(), layer.activation_step.double() * layer.weight_step.double()
@@ -116,9 +116,9 @@ def packed(model, network):
     """A quantized network as the dictionary of a packed file.
 
     model: on the CPU, in evaluation mode; network: its architecture, widths and
-    dataset. Has "integers", {layer: `packed_layer`}, "folded", the batch norms within
-    them, and "weights": all other tensors. ValueError for a network of floats, values
-    that are not finite, or sums that 32 bits cannot hold.
+    dataset. Added are "integers", {layer: `packed_layer`}, "folded", the names of the
+    folded batch norms, and "weights": all other tensors. ValueError for a float32 network,
+    values that are not finite, or sums that 32 bits cannot hold.
     """
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "weight_step")}
     if not layers:
@@ -135,7 +135,7 @@ def packed(model, network):
 
 
 def packed_bytes(model, network):
-    """The bytes of a packed file: `packed`, as an archive, through gzip."""
+    """The bytes of a packed file: the dictionary of `packed`, saved by torch and compressed by gzip."""
     buffer = io.BytesIO()
     torch.save({"format": checkpoint.FORMAT, **packed(model, network)}, buffer)
     return gzip.compress(buffer.getvalue(), 9, mtime=0)
@@ -149,7 +149,7 @@ def save_packed(path, model, network):
 # ---- from a file to a network that computes with integers
 
 def refuse_large_sums(name, weight, entry):
-    """ValueError where some input could take a sum of this layer beyond 32 bits: |weights| times the largest input."""
+    """ValueError if some input could overflow 32 bits in this layer; the bound is sum |weights| times largest input."""
     largest = max(abs(entry["low"]), abs(entry["low"] + 2 ** entry["bits"][1] - 1))
     bound = int(weight.flatten(1).long().abs().sum(1).max()) * largest
     if bound >= 2**31:
@@ -158,7 +158,7 @@ def refuse_large_sums(name, weight, entry):
 
 
 def integer_sums(layer, inputs):
-    """Inputs (N, ...) float -> sums of integers, (N, outputs, ...) int32, exact."""
+    """Inputs (N, ...) float -> exact integer sums, (N, outputs, ...) int32."""
     codes = (inputs.float() / layer.step).round().clamp(layer.low, layer.low + 2 ** layer.activation_bits - 1)
     codes, weight = in_double(codes), in_double(layer.weight)
     if weight.dim() == 2:
@@ -177,7 +177,7 @@ def integer_forward(layer, inputs):
 
 
 class IntegerConv2d(nn.Conv2d):
-    """A convolution whose weight is an int8 tensor; `integer_layer` makes one of a plain layer."""
+    """A convolution whose weight is an int8 tensor; `integer_layer` converts a plain layer to one."""
 
     forward = integer_forward
 
@@ -187,7 +187,7 @@ class IntegerConv2d(nn.Conv2d):
 
     @property
     def bias(self):
-        """What is added to each output, where it is not a batch norm's part."""
+        """The bias of each output; None if the shift contains a folded batch norm."""
         return None if self.folded else self.shift
 
 
@@ -198,9 +198,9 @@ class IntegerLinear(nn.Linear):
 
 
 def integer_layer(layer, name, entry):
-    """A plain or quantized layer made an integer one of the same widths, in place, from what a file says of it.
+    """Convert a plain or quantized layer to an integer layer of the same widths, in place, from its entry in a file.
 
-    ValueError where the entry does not fit the layer or itself.
+    ValueError where the entry does not fit the layer or contradicts itself.
     """
     bits, low, step = entry["bits"], entry["low"], float(entry["step"])
     if [type(each) is int and 1 <= each <= 8 for each in bits] != [True] * 2 or type(low) is not int or not step > 0:
@@ -223,10 +223,10 @@ def integer_layer(layer, name, entry):
 
 
 def load_packed(model, state, path):
-    """Make a network that was built from the architecture in `state` compute with its integers, in place.
+    """Convert a network, built from the architecture in `state`, to integer arithmetic in place.
 
-    state: of `checkpoint.read`; path: for errors. ValueError where the file contradicts
-    itself or the network.
+    state: from `checkpoint.read`; path: named in errors. ValueError where the file
+    contradicts itself or the network.
     """
     try:
         shapes = {f"{name}.weight": torch.empty(entry["shape"], device="meta")

@@ -1,10 +1,10 @@
-"""Networks as ONNX files: written, opened with ONNX Runtime, computed or only stored in 8 bits.
+"""Networks as ONNX files: export, inference with ONNX Runtime, int8 quantization or 8-bit storage.
 
     write_onnx(model, "model.onnx", (3, 32, 32))
     forward = open_onnx("model.onnx")                  # images -> logits, both tensors
     quantize_onnx("model.onnx", "model.int8.onnx", batches)
     store_in_eight_bits("model.onnx", "model.w8.onnx")
-    forward, state = open_network("model.onnx")        # with what the file says of its data set
+    forward, state = open_network("model.onnx")        # with the file's metadata on its data set
 """
 import contextlib
 import json
@@ -24,12 +24,12 @@ from engine.modes import in_mode
 def write_onnx(model, path, shape, about=None):
     """Write `model`, in evaluation mode and float32 on the CPU, for any number of images of `shape` (C, H, W).
 
-    Batch norm is folded into the convolutions before it. The file takes "images"
-    (N, C, H, W) and gives "logits" (N, K); about, plain types, stands in its metadata
-    as JSON. Written whole or not at all.
+    Batch norm is folded into the convolutions before it. The network takes "images"
+    (N, C, H, W) and returns "logits" (N, K); about, plain types, is stored in the metadata
+    as JSON. The file is written whole or not at all.
     """
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")      # of the exporter that needs no further package, but is not the newest
+        warnings.simplefilter("ignore")      # the old exporter warns that it is old; it needs no further package
         target = os.path.join(folder, "model.onnx")
         axes = {"images": {0: "n"}, "logits": {0: "n"}}
         with in_mode(model):
@@ -61,19 +61,19 @@ def open_onnx(path, threads=None):
 
 
 def open_network(path, threads=None):
-    """(`open_onnx`, {"architecture", "dataset", "assumed", "kind"}): what the file says of its network, for `data_of`.
+    """(function of `open_onnx`, {"architecture", "dataset", "assumed", "kind"} from the file, for `networks.data_of`).
 
-    A file of another origin says no more than its numbers of classes, channels and pixels.
+    A file from another program only gives its numbers of classes, channels and pixels.
     """
     import onnxruntime
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file at {path}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 4           # what fails is told in one line of our own
+    options.log_severity_level = 4           # failures are reported below, in one line
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as problem:             # its errors have no common type
+    except Exception as problem:             # ONNX Runtime's errors have no common type
         raise ValueError(f"{path} is no ONNX network that can be read: {str(problem).splitlines()[0]}") from None
     name = session.get_inputs()[0].name
 
@@ -87,7 +87,7 @@ def open_network(path, threads=None):
 
 
 def state_of(path, session):
-    """What an opened file says of its network; see `open_network`. ValueError where that is in another form."""
+    """The description of the network in an opened file, see `open_network`; ValueError if it has another form."""
     images, logits = session.get_inputs()[0].shape, session.get_outputs()[0].shape
     if len(session.get_inputs()) != 1 or len(images) != 4 or len(logits) != 2:
         raise ValueError(f"{path} is no classifier of images: it takes {images} and gives {logits}")
@@ -109,15 +109,15 @@ def state_of(path, session):
 
 
 def quantize_onnx(path, out, batches):
-    """Quantize the network in `path` to 8-bit integers and write it to `out`: static, weights per output channel.
+    """Quantize the network in `path` to 8-bit integers (static, weights per output channel) and write it to `out`.
 
-    batches: images as `open_onnx` takes them, of the training set; the ranges of the
-    activations are the smallest and largest values that they give.
+    batches: training images in the form that `open_onnx` takes; the smallest and largest
+    activations on them set the activation ranges.
     """
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):
-        """One batch after the other, as the calibrator asks for them."""
+        """Hands the calibrator one batch after the other."""
 
         def __init__(self):
             self.batches = iter(batches)
@@ -134,7 +134,7 @@ def quantize_onnx(path, out, batches):
 
 
 def sums_overflow():
-    """Whether this CPU adds two products of 8 bits in 16 bits, where they may overflow: x86 without VNNI.
+    """Whether this CPU adds two 8-bit products in 16 bits, which may overflow: x86 without VNNI.
 
     ONNX Runtime's documentation then asks for weights of 7 bits (reduce_range).
     """
@@ -143,10 +143,10 @@ def sums_overflow():
 
 
 def store_in_eight_bits(path, out):
-    """Write the network in `path` with its weights stored as int8 and a float32 step for each output.
+    """Write the network in `path` to `out` with its weights stored as int8 and a float32 step for each output.
 
-    Two nodes a layer, Cast and Mul, make them floats again. ONNX Runtime computes
-    these once, when it opens the file: it is as fast then as in float32.
+    Two nodes per layer, Cast and Mul, convert them back to float32. ONNX Runtime runs these
+    once, when it opens the file, so inference is as fast as with float32 weights.
     """
     from onnx import TensorProto, helper, load_model, numpy_helper
     network = load_model(str(path))
@@ -169,7 +169,7 @@ def store_in_eight_bits(path, out):
 
 @contextlib.contextmanager
 def quiet():
-    """Without the notes that the quantizer writes to the root logger."""
+    """A block without the messages that the quantizer writes to the root logger."""
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     try:

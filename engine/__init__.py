@@ -1,1 +1,1 @@
-"""The machinery: files, flags, processes, channels, tables. It imports nothing outside itself."""
+"""Shared infrastructure: files, flags, processes, channels, tables. It imports nothing of the project but itself."""

@@ -1,11 +1,11 @@
 """Checkpoints: written durably, checked when read, and never able to run code.
 
-    save("runs/a/last.pt", state)        # last.pt, and the one before it as previous.pt
-    state = read("runs/a/last.pt")       # plain types and tensors, or one clear error
-    load_weights(model, state)
+    save("runs/a/last.pt", state, "runs/a/previous.pt")       # the old last.pt becomes previous.pt
+    state = read("runs/a/last.pt")                            # plain types and tensors, or one clear error
+    load_weights(model, architecture, state)
 
-A file is one dictionary of plain types and tensors. `packing.compact` packs a network
-for shipping: half precision, zeros as one bit each, the whole compressed.
+A file holds one dictionary of plain types and tensors. `packing.compact` packs a network
+for distribution: half precision, zeros as one bit each, everything compressed.
 """
 import gzip
 import io
@@ -41,15 +41,15 @@ def bytes_of(state):
 # ---- reading
 
 def meant(path):
-    """The file that `path` means, whether it is there or not: itself, or of a folder its model.pt."""
+    """The checkpoint file for `path`, which need not exist: `path` itself, or model.pt if it is a folder."""
     path = Path(path)
     return path / "model.pt" if path.is_dir() else path
 
 
 def find(path):
-    """The file that `path` means: itself, or of a run's folder its model.pt, which a note on stderr names.
+    """The checkpoint file for `path`: itself, or model.pt if it is a run's folder, with a note on stderr.
 
-    FileNotFoundError for a folder without one.
+    FileNotFoundError for a folder without model.pt.
     """
     path, found = Path(path), meant(path)
     if not path.is_dir():
@@ -62,17 +62,17 @@ def find(path):
 
 
 def refuse_same(source, target, flag):
-    """ValueError where the file that `flag` is to write is the checkpoint that is read, by whatever name."""
+    """ValueError if the output file `target` of `flag` is the checkpoint `source` itself, under any name."""
     source, target = Path(source), Path(target)
     if source.exists() and target.exists() and source.samefile(target):
         raise ValueError(f"{flag} {target} is the checkpoint itself ({source}), which would be lost; name another file")
 
 
 def read(path):
-    """The dictionary in a checkpoint, tensors on the CPU; plain or compressed, masks and halves as they are.
+    """The dictionary in a checkpoint, plain or compressed, with tensors on the CPU in their stored types.
 
-    Raises FileNotFoundError, or ValueError with what is wrong: damaged and in
-    which member, no checkpoint at all, holding code objects, of a newer format.
+    Raises FileNotFoundError, or ValueError that says what is wrong: damaged (and in
+    which member), no checkpoint at all, contains code objects, or of a newer format.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,7 +90,7 @@ def read(path):
 
 
 def read_archive(path, content):
-    """What torch.load reads from an archive, once its members are checked and free of code."""
+    """Load an archive with torch.load, after checking its members and that it contains no code."""
     check_archive(path, content)
     refuse_code(path, content)
     try:
@@ -100,7 +100,7 @@ def read_archive(path, content):
 
 
 def inflate(path, content):
-    """The archive within a compressed file, or the content as it is."""
+    """The archive inside a compressed file, or the content unchanged if it is not compressed."""
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:
@@ -124,7 +124,7 @@ def check_archive(path, content):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             member = archive.testzip()
             names = archive.namelist()
-            # torch writes no attributes, but reads a member that is flagged as a folder as zeros
+            # torch writes no attributes, but would read a member flagged as a folder as zeros
             member = member or next((info.filename for info in archive.infolist() if info.external_attr), None)
     except Exception as problem:          # zipfile reports damage in many types
         raise ValueError(f"{path} is damaged or truncated ({len(content):,} bytes): {problem}{offer(path)}") from None
@@ -135,7 +135,7 @@ def check_archive(path, content):
 
 
 def refuse_code(path, content):
-    """Refuse a file that names code objects; nothing of it runs."""
+    """ValueError for a file that contains code objects; none of them is run."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
     except Exception as problem:
@@ -145,7 +145,7 @@ def refuse_code(path, content):
 
 
 def offer(path):
-    """The previous checkpoint beside a damaged one, with the command that goes on from it, if it is whole."""
+    """The end of an error message: how to resume from previous.pt beside a damaged last.pt; "" if it is not intact."""
     previous = path.with_name("previous.pt")
     if path.name != "last.pt" or not previous.exists():
         return ""
@@ -164,17 +164,16 @@ def weights_of(model):
 
 
 def network_of(model, architecture):
-    """What a file says of a network: architecture, widths, weights; a part of every checkpoint."""
+    """The description of a network in a checkpoint: a dictionary of architecture, widths and weights."""
     return {"architecture": architecture, "widths": widths_of(model), "weights": weights_of(model)}
 
 
 def load_weights(model, architecture, state):
-    """Put a checkpoint's weights into `model`, which was built from `architecture`.
+    """Load a checkpoint's weights into `model`, which was built from `architecture`.
 
-    Layers take the widths that the file names, those it does not name are removed,
-    and index buffers of removed channels come with it; half precision is widened
-    to the model's type. Raises ValueError with both architectures and the first tensors
-    that differ.
+    Layers are resized to the widths in the file, and layers it does not list are removed;
+    index buffers of removed channels are loaded too. Half precision is converted to the
+    model's type. Raises ValueError with both architectures and the first tensors that differ.
     """
     if state.get("architecture") == architecture:
         resize(model, state.get("widths", {}), state["weights"])
@@ -201,7 +200,7 @@ def save_compact(path, network, eight_bits=False):
 
 
 def compact_bytes(network, eight_bits=False):
-    """The bytes of a compact file: `packing.compact`, as an archive, through gzip."""
+    """The bytes of a compact file: weights packed by `packing.compact`, saved by torch and compressed by gzip."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **network, "weights": packing.compact(network["weights"], eight_bits)}, buffer)
     return gzip.compress(buffer.getvalue(), 9, mtime=0)

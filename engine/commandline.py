@@ -1,8 +1,8 @@
-"""What every script shares on its command line: technique lines, flags, one-line errors.
+"""The command line of all scripts: technique lines, flags, one-line errors.
 
-A training script opens with a block of technique lines. A line is a default and
-the flag of the same name overrides it, so both mean the same. What a value may be
-is declared in tables (`engine/settings.py`).
+A training script opens with a block of technique lines. A line sets the default of the
+flag of the same name, and the flag overrides it. The allowed values are declared in tables
+of settings (`engine/settings.py`).
 """
 import argparse
 import ast
@@ -28,7 +28,7 @@ ARITHMETIC = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.Add, ast.Sub, ast.Mult, 
 # ---- technique lines
 
 def lines_of(script, table):
-    """{group: value} of the active technique lines of a script; ValueError where a group of `table` has none."""
+    """{group: value} of the active technique lines of a script; ValueError if a group of `table` has no active line."""
     lines, _ = read_lines(script, table)
     absent = [name for name in settings.names_of(table, "line") if name not in lines]
     if absent:
@@ -39,10 +39,10 @@ def lines_of(script, table):
 def read_lines(path, table):
     """({group: value} of the active technique lines of a script, {group: [values]} of all its lines).
 
-    The block goes from the comment `# ---- techniques` to the next `# ----`; within it
-    stand GROUP = value, such lines as comments, other comments, and blank lines.
-    ValueError with the group and its choices unless exactly one line of each group
-    is active and has a value that the table of settings allows.
+    The block goes from the comment `# ---- techniques` to the next `# ----`; it may contain
+    GROUP = value, such lines as comments, other comments, and blank lines. ValueError with
+    the group and its choices unless exactly one line of each group is active and has a value
+    that the table of settings allows.
     """
     groups = settings.names_of(table, "line")
     name, active, choices = Path(path).name, {}, {}
@@ -64,9 +64,9 @@ def read_lines(path, table):
 
 
 def check_lines(script):
-    """Exit with one error line where the technique lines of `script` cannot be read.
+    """Exit with one error line if the technique lines of `script` cannot be read.
 
-    A script calls it above its lines, before Python runs them; so does every script that imports it.
+    A script calls this above its technique lines, before Python executes them, also when it is imported.
     """
     with streams.guarded():
         code = code_of(lambda argv: technique_lines(script))
@@ -75,7 +75,7 @@ def check_lines(script):
 
 
 def technique_lines(path):
-    """[(line number, group, value, whether it is active)] of the block, in order; ValueError for another statement."""
+    """[(line number, group, value, whether it is active)] of the block, in order; ValueError for other statements."""
     name = Path(path).name
     try:
         with tokenize.open(path) as file:
@@ -109,7 +109,7 @@ def commented_line(number, comment):
 
 
 def read_line(node, where):
-    """(group, value) of one statement; ValueError that begins with `where` unless it reads GROUP = value."""
+    """(group, value) of one statement; ValueError, beginning with `where`, unless it has the form GROUP = value."""
     if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
             and node.targets[0].id.isupper()):
         raise ValueError(f"{where}: {shortened(ast.unparse(node))} is no technique line; one reads GROUP = value, "
@@ -126,7 +126,7 @@ def read_line(node, where):
 
 
 def shortened(text, length=60):
-    """A text on one line, cut where it is longer."""
+    """A text on one line, cut off after `length` characters."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[:length] + "..."
 
@@ -134,22 +134,22 @@ def shortened(text, length=60):
 # ---- flags
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, raised as ValueError."""
+    """An argparse parser that raises its errors as ValueError with one line."""
 
     def error(self, message):
         raise ValueError(f"{message}; --help lists the flags")
 
 
 def training_parser(description, table):
-    """The flags of a table of settings; one that is not given is absent from the result."""
+    """A parser for the flags of a table of settings; flags that are not given are absent from its result."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     settings.add_flags(parser, table)
     return parser
 
 
 def pick_device(name):
-    """The torch.device called `name`; "auto" is CUDA, then MPS, then the CPU. ValueError names those present."""
-    with warnings.catch_warnings(record=True) as told:          # of a driver that is too old for this torch
+    """The torch.device called `name`; "auto" prefers CUDA, then MPS, then the CPU. ValueError lists those present."""
+    with warnings.catch_warnings(record=True) as told:          # torch warns of a driver that is too old for it
         usable = torch.cuda.is_available()
     present = [f"cuda:{index}" for index in range(torch.cuda.device_count() if usable else 0)]
     present += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
@@ -164,16 +164,16 @@ def pick_device(name):
 
 
 def device_name(device):
-    """What a number was measured on."""
+    """The name of a device for tables: the GPU's name, or the type and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def call(command, show=False):
-    """Run a script of this project. Returns what it prints, or shows it.
+    """Run a script of this project. Returns its output, or shows it if `show`.
 
-    RuntimeError that names the script where it fails, with its error line where that was not shown.
+    RuntimeError that names the script if it fails, with its error line if that was not shown.
     """
     program = [sys.executable, str(Path(__file__).resolve().parents[1] / command[0]), *command[1:]]
     if show:
@@ -187,13 +187,12 @@ def call(command, show=False):
 
 
 def command(main):
-    """Run a script's main(argv) and exit: 0, or 2 for bad input, 1 for a failed run, 130 for Ctrl-C.
+    """Run a script's main(argv) and exit with code 0, or 2 for bad input, 1 for a failed run, 130 for Ctrl-C.
 
-    The one place that decides what becomes of an exception of any type: one line
-    on stderr; with --debug its traceback comes first. The first Ctrl-C is the last one
-    heard, so that a second cannot spoil the way out. Where a standard stream is closed
-    or full the work goes on, its files are whole, and the exit code is 1 for a full one,
-    which the other stream names.
+    All exceptions are handled here: they become one line on stderr, with --debug after
+    their traceback. After the first Ctrl-C further ones are ignored, so that they cannot
+    interrupt the cleanup. If a standard stream is closed or full, the work continues and its
+    files are complete; for a full one the exit code is 1, and the other stream reports it.
     """
     def interrupt(number, frame):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -204,7 +203,7 @@ def command(main):
         errors.flush()
         if errors.problem is not None and not isinstance(errors.problem, BrokenPipeError):
             code = code or 1
-            if "--json" not in sys.argv:          # whose output stays JSON
+            if "--json" not in sys.argv:          # standard output must stay JSON
                 print(f"note: standard error could not be written ({errors.problem}): what was to be told there is "
                       "lost, files are whole")
         output.flush()
@@ -216,7 +215,7 @@ def command(main):
 
 
 def code_of(main):
-    """The exit code of main(sys.argv[1:]), its error told."""
+    """Run main(sys.argv[1:]) and print its error, if any. Returns the exit code."""
     try:
         main(sys.argv[1:])
     except SystemExit as end:             # --help
@@ -233,7 +232,7 @@ def code_of(main):
 
 
 def report(problem, code):
-    """Print one error line, after the traceback where --debug asks for it. Returns the exit code."""
+    """Print one error line, with --debug after the traceback. Returns the exit code."""
     if "--debug" in sys.argv:
         traceback.print_exc()
     text = " ".join(str(problem).split()) or type(problem).__name__

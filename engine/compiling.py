@@ -1,9 +1,9 @@
 """How a network computes: compiled where that pays, grouped convolutions in the faster form; timed before a run.
 
-    forward, speed, note = choose_forward(model, "auto", images, (64, 3, 32, 32), torch.float32, device)
+    forward, speed, note = choose_forward(model, "auto", images, (64, 3, 32, 32), autocast(device, dtype), device)
 
-Nothing here leaves a trace in what a model holds: its weights, buffers and
-gradients, and every random generator, are afterwards as they were.
+The timing here changes nothing in a model: its weights, buffers and gradients, and all
+random generators, are afterwards as they were.
 """
 import ctypes
 import logging
@@ -17,18 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-WORTH_COMPILING = 30_000      # training images, below which compiling costs more time than it saves
+WORTH_COMPILING = 30_000      # with fewer training images compiling costs more time than it saves
 
 
 def choose_forward(model, wanted, images, shape, autocast, device, layout=torch.channels_last):
-    """(what to call in place of the model, training images a second, a note for people).
+    """(function to call in place of the model, training images a second, a note that says which and why).
 
-    wanted: "on", "off" or "auto", which compiles where a C++ compiler is there
-    and the run trains on enough `images`. shape, layout: (N, C, H, W) of a batch
-    and how it lies in memory. autocast: a context manager for the forward pass.
-    ValueError for "on" without a compiler, RuntimeError where compiling then fails.
+    wanted: "on", "off" or "auto", which compiles if there is a C++ compiler and the run
+    trains on enough `images`. shape, layout: (N, C, H, W) of a batch and its memory format.
+    autocast: a context manager for the forward pass. ValueError for "on" without a
+    compiler, RuntimeError for "on" if compiling fails.
     """
-    # a small batch would tell a GPU's launches alone
+    # on a GPU a small batch would only measure the launch of kernels
     tried = shape if device.type == "cuda" else (min(16, shape[0]), *shape[1:])
     how, reason = (autocast, device, layout), why_eager(wanted, images)
     if reason:
@@ -39,7 +39,7 @@ def choose_forward(model, wanted, images, shape, autocast, device, layout=torch.
         forward = torch.compile(model, dynamic=False)
         speed = time_steps(model, forward, shape, *how)
         return forward, speed, f"compiled in {time.perf_counter() - begun - shape[0] / speed:.0f} s"
-    except Exception as problem:          # its backends fail in many types
+    except Exception as problem:          # its backends raise many types
         reason = f"torch.compile failed: {(str(problem).strip() or type(problem).__name__).splitlines()[0]}"
         if wanted == "on":
             raise RuntimeError(reason) from None
@@ -47,10 +47,10 @@ def choose_forward(model, wanted, images, shape, autocast, device, layout=torch.
 
 
 def again(model, forward):
-    """What to call in place of a model whose shapes have changed: compiled anew where it was compiled."""
+    """The function to call in place of a model whose shapes have changed, compiled again if it was compiled."""
     if forward is model:
         return model
-    torch._dynamo.reset()                 # the graphs of the old shapes are of no more use
+    torch._dynamo.reset()                 # the graphs of the old shapes are useless now
     return torch.compile(model, dynamic=False)
 
 
@@ -68,12 +68,12 @@ def why_eager(wanted, images):
 
 
 def choose_arithmetic(wanted, model, images, device, began=None):
-    """torch.bfloat16 or torch.float32: what forward and backward passes compute in. Weights stay float32.
+    """torch.bfloat16 or torch.float32: the data type of forward and backward passes. Weights stay float32.
 
     wanted: "float32", "bfloat16", or "auto": bfloat16 on CUDA, and on a CPU that has
-    instructions for it where the run trains on enough `images`; depthwise convolutions
-    are slower so without AMX, and with it faster (engine/separable.py). began: of a run
-    that goes on, what it computed in so far; auto stays there, unless this CPU would only
+    instructions for it if the run trains on enough `images`; a network with depthwise
+    convolutions is faster in bfloat16 only on a CPU with AMX (engine/separable.py). began:
+    the data type of a resumed run so far; "auto" keeps it, unless this CPU could only
     simulate it.
     """
     if wanted == "auto" and began and (began == "float32" or device.type != "cpu" or has_bfloat16()):
@@ -88,20 +88,20 @@ def choose_arithmetic(wanted, model, images, device, began=None):
 
 
 def has_bfloat16():
-    """Whether this CPU multiplies in bfloat16; one that only simulates it is slow."""
+    """Whether this CPU has bfloat16 instructions; one that only simulates them is slow."""
     return any(cpu_instructions().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def has_amx():
-    """Whether this CPU multiplies matrices in bfloat16."""
+    """Whether this CPU has instructions for matrix products in bfloat16 (AMX)."""
     return bool(cpu_instructions().get("amx_bf16"))
 
 
 def retype(model, kinds, kind_of):
-    """Where the CPU has AMX, make each plain convolution of a model, and each of `kinds`, what `kind_of` says it is.
+    """On CPUs with AMX, set the class of each convolution that is plain or one of `kinds` to `kind_of(layer)`.
 
-    kinds: classes of convolutions; kind_of(layer): one of them, or nn.Conv2d. Weights keep their names and shapes. A
-    layer that has lost channels since is of the kind that it would be in a resumed run.
+    kinds: classes of convolutions; kind_of(layer): one of them, or nn.Conv2d. Weights keep their names and shapes.
+    Layers that have lost channels are set again, so that a resumed run has the same classes.
     """
     if has_amx():
         for layer in model.modules():
@@ -110,20 +110,20 @@ def retype(model, kinds, kind_of):
 
 
 def trains_in_bfloat16(layer, images):
-    """Whether this pass is one of training, in bfloat16, on a CPU, and the layer's weight learns."""
+    """Whether this is a training pass in bfloat16 on a CPU, and the layer's weight is trained."""
     return (images.is_cpu and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
             and layer.weight.requires_grad)
 
 
 def cpu_instructions():
-    """{name: whether this CPU has them} of sets of instructions; {} where torch is too old to tell."""
+    """{name of an instruction set: whether this CPU has it}; {} if torch is too old to tell."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 # ---- grouped convolutions
 
 class BlockDiagonalConv2d(nn.Conv2d):
-    """A grouped convolution that computes as a dense one; its weight and all that is read of it stay grouped."""
+    """A grouped convolution that computes as a dense one; its weight and attributes stay those of a grouped one."""
 
     def forward(self, images):
         return F.conv2d(images, block_diagonal(self.weight, self.groups), self.bias, self.stride, self.padding,
@@ -131,9 +131,9 @@ class BlockDiagonalConv2d(nn.Conv2d):
 
 
 def block_diagonal(weight, groups):
-    """The weight of a grouped convolution, (O, I / groups, H, W), as that of the dense one it is, (O, I, H, W).
+    """The weight of a grouped convolution, (O, I / groups, H, W), as that of the equivalent dense one, (O, I, H, W).
 
-    It lies in memory as channels_last, in which the run that computes so has its images.
+    Its memory format is channels_last, like that of the images in runs that use this form.
     """
     outputs, inside, *kernel = weight.shape
     blocks = weight.permute(0, 2, 3, 1).reshape(groups, -1, *kernel, 1, inside)
@@ -142,7 +142,7 @@ def block_diagonal(weight, groups):
 
 
 def grouped_layers(model):
-    """Its convolutions of floats with groups, the depthwise ones apart."""
+    """The grouped convolutions of `model`, without quantized and depthwise ones."""
     return [layer for layer in model.modules()
             if type(layer) in (nn.Conv2d, BlockDiagonalConv2d) and 1 < layer.groups < layer.in_channels
             and layer.padding_mode == "zeros"]
@@ -151,10 +151,10 @@ def grouped_layers(model):
 def compute_as(model, form):
     """Let the grouped convolutions of `model` compute in a form: "grouped", or "dense", with `groups` times the MACs.
 
-    Dense ones do more in fewer and larger products, which a GPU is better at.
+    The dense form computes more, but in fewer and larger products, which suit a GPU.
     Outputs and gradients agree to rounding; weights keep their names and shapes.
     """
-    for layer in model.modules():              # one that has shrunk to a channel a group is depthwise now
+    for layer in model.modules():              # one pruned to one channel per group is depthwise now
         if type(layer) is BlockDiagonalConv2d:
             layer.__class__ = nn.Conv2d
     for layer in grouped_layers(model):
@@ -162,12 +162,12 @@ def compute_as(model, form):
 
 
 def fastest_form(speeds, margin=1.05):
-    """Of {form: images a second} the fastest; another than "grouped" must be faster by more than noise."""
+    """The fastest form in {form: images a second}; "dense" must be faster than "grouped" by more than `margin`."""
     return max(speeds, key=lambda form: speeds[form] * (margin if form == "grouped" else 1))
 
 
 def forms_of(wanted, model, device):
-    """The forms to choose between by time: the `wanted` one, or for "auto" both, where there is a GPU to do more on."""
+    """The forms to time and choose from: only the `wanted` one, or for "auto" both on a GPU and "grouped" on a CPU."""
     if not grouped_layers(model):
         return ["grouped"]
     if wanted != "auto":
@@ -176,7 +176,7 @@ def forms_of(wanted, model, device):
 
 
 class UncountedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that does not count its batches in training: nothing reads that while a momentum is set."""
+    """Batch norm that does not update num_batches_tracked in training: with a momentum nothing reads it."""
 
     def forward(self, images):
         if not self.training or self.momentum is None:
@@ -186,9 +186,9 @@ class UncountedBatchNorm2d(nn.BatchNorm2d):
 
 
 def lay_out(model, layout, form):
-    """Make `model` compute in a `form` (`compute_as`), in a memory layout, without counting batches; returns it.
+    """Set form (`compute_as`) and memory layout of `model`, and use `UncountedBatchNorm2d`; returns the model.
 
-    Again after layers were replaced or cut: fresh ones are plain and contiguous.
+    Call it again after layers were replaced or cut: new layers are plain and contiguous.
     """
     for layer in model.modules():
         if type(layer) is nn.BatchNorm2d:
@@ -198,10 +198,10 @@ def lay_out(model, layout, form):
 
 
 def set_up(device):
-    """How torch computes on a device from now on, in every script: exact sums, and memory that is kept.
+    """Configure torch for a device, in every script: reproducible float32 on CUDA, freed memory kept on a CPU.
 
-    On CUDA convolutions in float32 would otherwise take TF32, of 10 bits, and kernels whose sums differ from call to
-    call. On a CPU see `keep_freed_memory`.
+    On CUDA float32 convolutions would otherwise use TF32, with a mantissa of 10 bits, and kernels whose sums differ
+    from call to call. On a CPU see `keep_freed_memory`.
     """
     if device.type == "cuda":
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
@@ -210,10 +210,10 @@ def set_up(device):
 
 
 def keep_freed_memory():
-    """Let glibc keep what is freed for the next step, instead of giving it back and faulting it in anew.
+    """Let glibc keep freed memory for the next step, instead of returning it to the system.
 
     On Linux CPUs the activations of every step otherwise cost some hundred
-    thousand page faults. Returns whether the C library took the setting.
+    thousand page faults. Returns whether the C library accepted the setting.
     """
     no_mmap, trim, pad = (-4, 0), (-1, 2**31 - 1), (-2, 2**28)      # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     try:
@@ -230,11 +230,11 @@ def find_compiler():
 
 
 def time_steps(model, forward, shape, autocast, device, layout=torch.channels_last):
-    """Images a second of a forward and backward pass on noise, after one that compiles and warms up.
+    """Images a second of a forward and backward pass on noise, after one pass that compiles and warms up.
 
-    On a GPU the fastest of three rows of steps without a wait between them: one
-    step alone would tell its latency, which is not what a run is made of. RuntimeError
-    where what is called in place of `model` computes something else, see `refuse_wrong`.
+    On a GPU the fastest of three series of steps without synchronisation in between: a
+    single step would measure latency, not throughput. RuntimeError if `forward` computes
+    something else than `model`, see `refuse_wrong`.
     """
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device).contiguous(memory_format=layout)
@@ -253,13 +253,13 @@ def time_steps(model, forward, shape, autocast, device, layout=torch.channels_la
             found = loss.item(), take_gradient(model)
             refuse_wrong(found, (step(noise, model).item(), take_gradient(model)))
         return shape[0] * steps / min(time_calls(step, noise, steps, device) for _ in range(rows))
-    finally:                              # also where compiling has failed in the backward pass
+    finally:                              # also if compiling has failed in the backward pass
         model.zero_grad(set_to_none=True)
         model.load_state_dict(kept)
 
 
 def take_gradient(model):
-    """The Euclidean norm of all gradients together, which are then gone."""
+    """The Euclidean norm of all gradients together; clears the gradients."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
     model.zero_grad(set_to_none=True)
@@ -267,14 +267,15 @@ def take_gradient(model):
 
 
 def refuse_wrong(found, expected):
-    """RuntimeError where a compiled step's (loss an image, norm of its gradients) are not finite, or far from eager's.
+    """RuntimeError if (loss per image, norm of the gradients) of a compiled step are not finite, or far from eager's.
 
     torch 2.14 compiles some networks with GELU in bfloat16 to gradients that are NaN. Norms are compared, because
-    rounding to bfloat16 alone turns a gradient: MobileNet's by more than its length, while its norm changes by 5 %.
+    rounding to bfloat16 alone changes a gradient's direction: the difference is larger than MobileNet's gradient
+    itself, while the norm changes by 5 %.
     """
     (loss, gradient), (eager_loss, eager_gradient) = found, expected
     if not math.isfinite(eager_loss + eager_gradient):
-        return                            # the network itself is broken, which training tells
+        return                            # the network itself is broken; training will report it
     if not math.isfinite(loss + gradient):
         raise RuntimeError(f"its {'loss is' if math.isfinite(gradient) else 'gradients are'} not finite")
     if abs(loss - eager_loss) > 0.25 * (1 + abs(eager_loss)):
@@ -283,12 +284,12 @@ def refuse_wrong(found, expected):
         raise RuntimeError(f"its gradients have a norm of {gradient:.4g} where eager's have {eager_gradient:.4g}")
 
 
-# ---- the time of anything that is called again and again
+# ---- timing of repeated calls
 
 def time_repeats(forward, images, repeats, seconds, device):
-    """(calls in a repeat, the seconds that a call takes in each of so many repeats of about `seconds`), warmed up.
+    """(calls per repeat, [seconds per call in each repeat]), for repeats of about `seconds`, after a warm-up.
 
-    A call that takes more than four times `seconds` is repeated twice and no more.
+    If one call takes more than four times `seconds`, there are at most two repeats.
     """
     forward(images)
     first = time_calls(forward, images, 1, device)
@@ -301,7 +302,7 @@ def time_repeats(forward, images, repeats, seconds, device):
 
 
 def time_calls(forward, images, calls, device):
-    """Seconds that so many calls take."""
+    """Seconds that `calls` calls take."""
     synchronise(device)
     begun = time.perf_counter()
     for _ in range(calls):
@@ -311,11 +312,11 @@ def time_calls(forward, images, calls, device):
 
 
 def synchronise(device):
-    """Wait for what was launched on a GPU."""
+    """Wait until a GPU has finished all work launched so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def spread(values):
-    """Median, least and greatest."""
+    """{"median", "min", "max"} of the values."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}

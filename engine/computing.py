@@ -1,4 +1,4 @@
-"""What a run computes in: its arithmetic, the form of its grouped convolutions, eager or compiled."""
+"""How a run computes: its arithmetic, the form of its grouped convolutions, eager or compiled."""
 import torch
 
 from engine import compiling, parallel
@@ -10,16 +10,15 @@ def autocast(device, dtype):
 
 
 def choose_computing(run, wanted, images, shape, lay_out):
-    """Set the arithmetic of `run`, the form of its grouped convolutions, and what is called in place of the model.
+    """Set the arithmetic of `run`, the form of its grouped convolutions, and its forward function, eager or compiled.
 
-    wanted, images, shape: as `compiling.choose_forward` has them; lay_out: a function of
-    `run` that gives its network the form. Returns training images a second, and a note
-    for people.
+    wanted, images, shape: see `compiling.choose_forward`; lay_out(run): applies the form to
+    its network. Returns training images a second, and a sentence that says how it computes.
     """
     run.dtype = compiling.choose_arithmetic(run.settings["arithmetic"], run.model, images, run.device, run.computed)
     asked, tried = run.settings["convolutions"], {}
     if asked == "auto" and run.form:
-        asked = run.form                  # as when it began
+        asked = run.form                  # a resumed run keeps its form
     began = run.compiled if wanted == "auto" and run.settings["compile"] == "auto" else None
     for form in compiling.forms_of(asked, run.model, run.device):
         compiling.compute_as(run.model, form)

@@ -1,6 +1,6 @@
-"""What a layer costs for the channels on its two sides: multiply-adds, weights, or seconds on a device.
+"""The cost of a layer as a function of its input and output channels: multiply-adds, weights, or seconds on a device.
 
-    pixels = pixels_of(model, (3, 32, 32))                          # {layer: pixels it reads, pixels it makes}
+    pixels = pixels_of(model, (3, 32, 32))                          # {layer: (input pixels, output pixels)}
     row = row_of("conv1", model.conv1, pixels["conv1"], spaces)     # spaces: of the network's channels()
     price(row, coefficients(row, widths, "macs", None), widths)     # widths: {channel space: channels}
 """
@@ -15,8 +15,8 @@ BYTES = 4        # of a weight or an activation: float32
 def pixels_of(model, shape):
     """{layer: (pixels of its input, of its output)} of convolutions and linear layers, for an image of (C, H, W).
 
-    In the order in which they run; a linear layer has one pixel. The model stays as it
-    is. Raises ValueError for a layer that runs twice.
+    In the order in which they run; a linear layer has one pixel. The model is not changed.
+    Raises ValueError for a layer that runs twice.
     """
     pixels = {}
     for name, _, before, after in layers_run(model, shape):
@@ -27,10 +27,11 @@ def pixels_of(model, shape):
 
 
 def row_of(name, layer, pixels, spaces):
-    """One layer: reads and makes name its spaces, None where a width is constant, such as the image's channels.
+    """One layer as a dictionary: reads and makes name its channel spaces, None for a constant width.
 
-    inputs, outputs: its widths now; filter: k^2; pixels: of its input and its
-    output, 1 for linear layers; unfold: inputs a channel it reads.
+    A constant width is, for example, that of the image. inputs, outputs: its widths now;
+    filter: k^2; pixels: of its input and its output, 1 for linear layers; unfold: inputs per
+    channel that it reads.
     """
     row = {"name": name, "reads": None, "makes": None, "unfold": 1, "depthwise": False, "pixels": pixels,
            "groups": getattr(layer, "groups", 1), "filter": math.prod(layer.weight.shape[2:])}
@@ -45,7 +46,7 @@ def row_of(name, layer, pixels, spaces):
 
 
 def sides(row, widths):
-    """(A_in, A_out) of a layer for {space: width}."""
+    """(A_in, A_out), the input and output channels of a layer, for {space: width}."""
     return (row["inputs"] if row["reads"] is None else widths[row["reads"]] * row["unfold"],
             row["outputs"] if row["makes"] is None else widths[row["makes"]])
 
@@ -53,9 +54,9 @@ def sides(row, widths):
 def coefficients(row, widths, what, device):
     """(c, i, o) of a layer's cost c A_in A_out / groups + i A_in + o A_out.
 
-    MACs: c = H_out W_out k^2; parameters: k^2; for a depthwise layer these are o.
-    Latency: MACs over the device's peak or, where that takes longer, bytes over its
-    bandwidth: of weights, and of activations as i and o.
+    MACs: c = H_out W_out k^2; parameters: c = k^2; for a depthwise layer these are o.
+    Latency: MACs divided by the device's peak or, if that is longer, bytes divided by its
+    bandwidth; bytes of weights count in c, those of activations in i and o.
     """
     (before, after), area = row["pixels"], row["filter"]
     weights = (0, 0, area) if row["depthwise"] else (area, 0, 0)
@@ -70,7 +71,7 @@ def coefficients(row, widths, what, device):
 
 
 def price(row, each, widths):
-    """c A_in A_out / groups + i A_in + o A_out."""
+    """The cost c A_in A_out / groups + i A_in + o A_out of a layer; each: its (c, i, o)."""
     inputs, outputs = sides(row, widths)
     return each[0] * inputs * outputs / row["groups"] + each[1] * inputs + each[2] * outputs
 

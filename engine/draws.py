@@ -1,7 +1,7 @@
-"""Random draws for mixing, from the one generator that a run saves, and the boxes that they place.
+"""Random draws for mixing images, from the generator that a run saves, and the boxes placed by them.
 
-torch.distributions takes no generator, so that a resumed run could not repeat
-its draws; these do.
+torch.distributions takes no generator, so a resumed run could not repeat its draws; these
+functions take one.
 """
 import torch
 
@@ -9,13 +9,13 @@ from engine.doubles import WITHOUT
 
 
 def draw_beta(alpha, count, generator, device):
-    """(count,) draws of Beta(alpha, alpha) for any finite alpha > 0; float64, since small alphas come close to 0 and 1.
+    """(count,) draws of Beta(alpha, alpha) for finite alpha > 0, in float64: with a small alpha they lie near 0 and 1.
 
     A device without float64 gets float32, drawn on the CPU from a seed of its generator.
     """
     if alpha == 1:
         return torch.rand(count, generator=generator, device=device)
-    if torch.device(device).type in WITHOUT:       # nor does it have the sampler
+    if torch.device(device).type in WITHOUT:       # it has no gamma sampler either
         seed = torch.randint(2**31, (1,), generator=generator, device=device).item()
         return sample_beta(alpha, count, torch.Generator().manual_seed(seed), torch.device("cpu")).float().to(device)
     return sample_beta(alpha, count, generator, device)
@@ -24,8 +24,8 @@ def draw_beta(alpha, count, generator, device):
 def sample_beta(alpha, count, generator, device):
     """The draws of `draw_beta` in float64, for alpha other than 1.
 
-    The odds of a share are those of two gamma variables. Gamma(a) is Gamma(a + 1) times U^(1/a), which falls below
-    the smallest float64 where a is small; the logarithm of the odds does not.
+    x / (1 - x) of a Beta draw x is the ratio of two Gamma(a) draws. Gamma(a) equals Gamma(a + 1) times U^(1/a), which
+    underflows float64 for small a; the logarithm of the ratio does not.
     """
     shape = torch.full((2, count), float(alpha), device=device, dtype=torch.float64) + 1
     gamma = torch._standard_gamma(shape, generator=generator)      # the sampler beneath torch.distributions.Gamma
@@ -35,14 +35,14 @@ def sample_beta(alpha, count, generator, device):
 
 
 def draw_shares(alpha, probability, count, generator, device):
-    """(count,) shares of an image that stay its own: Beta(alpha, alpha) with `probability`, else 1."""
+    """(count,) shares that each image keeps of itself: drawn from Beta(alpha, alpha) with `probability`, else 1."""
     share = draw_beta(alpha, count, generator, device)
     mixed = torch.rand(count, generator=generator, device=device) < probability
     return torch.where(mixed, share, torch.ones_like(share))
 
 
 def span(centre, side, size):
-    """Which positions of an axis a box covers, (N, size) bool, and how many after clipping, (N,)."""
+    """(positions of an axis that a box covers, (N, size) bool; their number after clipping, (N,))."""
     half = (side * size).long() // 2
     first, last = (centre - half).clamp_min(0), (centre + half).clamp_max(size)
     position = torch.arange(size, device=centre.device)

@@ -1,4 +1,4 @@
-"""How a run ends before its time: blocks around it that turn memory that runs out, and Ctrl-C, into what to do next.
+"""Runs that end early: blocks that turn running out of memory, and Ctrl-C, into a message that says what to do.
 
     with resumable(run), enough_memory(run.settings):
         ...
@@ -11,7 +11,7 @@ from engine import folders
 
 @contextmanager
 def enough_memory(settings):
-    """A block in which memory that runs out is an error that names the batch size, and a smaller one."""
+    """A block in which running out of memory is an error that names the batch size and suggests a smaller one."""
     try:
         yield
     except RuntimeError as problem:
@@ -23,10 +23,10 @@ def enough_memory(settings):
 
 @contextmanager
 def resumable(run, ends=True):
-    """A block in which Ctrl-C says which checkpoint continues the run, and with which command.
+    """A block in which Ctrl-C reports which checkpoint resumes the run, and with which command.
 
-    A run that fails before its first step leaves no folder. ends: no later block
-    goes on with it, so that other processes may.
+    A run that fails before its first step leaves no folder. ends: no later block continues
+    the run, so its folder is unlocked for other processes.
     """
     try:
         yield

@@ -20,8 +20,8 @@ def write(path, content, previous=None):
     """Write bytes to `path`, whole or not at all; the file that was there moves to `previous`.
 
     A temporary file in the same folder is written, flushed, synced, read back and
-    renamed; then the folder is synced. Ctrl-C waits until that is done, a second process
-    its turn. Raises RuntimeError with the bytes needed where the disk is full; the old file stays.
+    renamed; then the folder is synced. Ctrl-C is handled after that, and a second process
+    waits. Raises RuntimeError with the bytes needed if the disk is full; the old file stays.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -34,7 +34,7 @@ def write(path, content, previous=None):
                 os.replace(partial, path)
                 sync_folder(path.parent)
         except OSError as problem:
-            with suppress(OSError):       # there may be no such folder
+            with suppress(OSError):       # the folder may not exist
                 partial.unlink(missing_ok=True)
             kept = f"; the previous {path.name} is intact" if path.exists() else ""
             raise RuntimeError(f"{path} could not be written ({problem.strerror or problem}): "
@@ -43,10 +43,10 @@ def write(path, content, previous=None):
 
 @contextmanager
 def locked(path, create=False):
-    """A block that one process at a time is in: it holds a lock on the file at `path`, and a second waits its turn.
+    """A block that one process at a time enters: it holds a lock on the file at `path`; others wait.
 
-    The block may rename the file, or put another in its place. create: make it where there is none. Without
-    the file, or where the system has no locks, nobody waits.
+    The block may rename or replace the file. create: create the file if it is missing. Without the file, or if the
+    system has no locks, nobody waits.
     """
     handle = lock(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY)
     try:
@@ -57,7 +57,7 @@ def locked(path, create=False):
 
 
 def lock(path, flags):
-    """The handle of the file at `path`, locked, or None; of the one that stands there once it is this one's turn."""
+    """The locked handle of the file that is at `path` once the lock is free; None if it cannot be opened."""
     with suppress(ImportError, OSError):
         import fcntl
         while True:
@@ -67,7 +67,7 @@ def lock(path, flags):
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), os.stat(path)):
                     return handle
-            os.close(handle)              # another stands there, or none, after the process that was waited for
+            os.close(handle)              # the process that held the lock has replaced or renamed the file: try again
     return None
 
 
@@ -82,7 +82,7 @@ def write_synced(path, content):
 
 
 def replace_by_link(path, previous):
-    """Give the file at `path` the second name `previous`; at no moment is `path` absent."""
+    """Make `previous` a second name (hard link) of the file at `path`, or a copy; `path` exists at every moment."""
     spare = previous.with_name(previous.name + ".partial")
     spare.unlink(missing_ok=True)
     try:
@@ -97,7 +97,7 @@ def replace_by_link(path, previous):
 
 
 def sync_folder(folder):
-    """Make a rename survive a power cut, where the system lets a folder be opened."""
+    """Make a rename survive a power failure, on systems that can sync a folder."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -108,7 +108,7 @@ def sync_folder(folder):
 
 @contextmanager
 def uninterrupted():
-    """Hold Ctrl-C back until the block has ended, then let it through."""
+    """A block that delays Ctrl-C until it has ended."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -119,18 +119,18 @@ def uninterrupted():
     finally:
         signal.signal(signal.SIGINT, handler)
     if pressed:
-        signal.raise_signal(signal.SIGINT)       # to the handler that was there: it may ignore it
+        signal.raise_signal(signal.SIGINT)       # to the previous handler, which may ignore it
 
 
 def remove_partial(folder):
-    """Delete what a killed save left behind."""
+    """Delete the partial files that a killed save left behind."""
     for stale in Path(folder).glob("*.partial"):
         stale.unlink()
 
 
 @contextmanager
 def noted():
-    """A block that writes what stands beside a result: what cannot be written is a note on stderr, no error."""
+    """A block that writes secondary files: if one cannot be written, this is a note on stderr, not an error."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as problem:
@@ -138,7 +138,7 @@ def noted():
 
 
 def save_figure(path, figure):
-    """Draw a matplotlib figure into an image file, whole or not at all; its ending says which kind (none: PNG)."""
+    """Save a matplotlib figure as an image file, whole or not at all; the ending sets the format (none: PNG)."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix[1:] or "png", dpi=120)
     write(path, buffer.getvalue())
@@ -147,7 +147,7 @@ def save_figure(path, figure):
 # ---- JSON
 
 def read_json(path):
-    """The JSON object in a file; ValueError that names the file where it holds none."""
+    """The JSON object in a file; ValueError that names the file if it holds none."""
     try:
         held = parse_json(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as problem:
@@ -158,7 +158,7 @@ def read_json(path):
 
 
 def parse_json(text):
-    """What a JSON text holds; ValueError also where an object names a part twice, of which one would be lost."""
+    """The value of a JSON text; ValueError also if an object has a key twice, since one value would be lost."""
     def once(pairs):
         names = [name for name, _ in pairs]
         twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
@@ -169,9 +169,9 @@ def parse_json(text):
 
 
 def merge_json(path, values):
-    """Put `values` into the JSON object at `path`, in a run's folder, beside what it already holds.
+    """Add `values` to the JSON object at `path`, in a run's folder, and keep its other keys.
 
-    Of two processes that do so at once, the second waits for the first.
+    If two processes do so at once, the second waits for the first.
     """
     path = Path(path)
     with locked(path.with_name("config.json")):
@@ -180,5 +180,5 @@ def merge_json(path, values):
 
 
 def sha256_of(path):
-    """The SHA-256 of a file, as text: what was measured on it holds for a file of the same."""
+    """The SHA-256 of a file as text; measurements of a file are valid for files with the same SHA-256."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

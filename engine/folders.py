@@ -1,8 +1,8 @@
-"""The folder of a run: free or not, taken by one process alone, given back where nothing was trained.
+"""The folder of a run: checked, claimed by one process, removed again if nothing was trained.
 
-    refuse_used(out)                 # before any work: somebody's files, or another run
-    made = take(out)                 # atomic: of two that start at once, the second is refused
-    give_back(out, made)             # it failed before its first step: nothing is left of it
+    refuse_used(out)                 # before any work: refuses other files, or another run
+    made = take(out)                 # atomic: if two runs start at once, the second is refused
+    give_back(out, made)             # if the run failed before its first step: removes everything
 """
 import json
 import os
@@ -13,13 +13,13 @@ import torch
 from engine import checkpoint, parallel
 
 STATE = {"settings": dict, "masks": dict, "history": list, "round": int, "epoch": int, "optimizer": dict,
-         "schedule": dict, "random": dict}       # what a last.pt holds beside its network
+         "schedule": dict, "random": dict}       # what last.pt holds besides its network
 FORMS = {"settings": {"lines": dict, "epochs": list}, "random": {"generator": torch.Tensor, "torch": torch.Tensor}}
-HELD = {}      # (device, inode) of a folder: the handle by which this process holds it
+HELD = {}      # {(device, inode) of a folder: the handle by which this process locks it}
 
 
 def refuse_used(out):
-    """ValueError where `out` holds something: a run of this project, or files that none of its runs wrote."""
+    """ValueError if `out` is not empty: it holds a run of this project, or other files."""
     out = Path(out)
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if "last.pt" in names:
@@ -32,7 +32,7 @@ def refuse_used(out):
 
 
 def is_run(folder):
-    """Whether a training script wrote the config.json there."""
+    """Whether `folder` has a config.json that a training script wrote."""
     try:
         return "settings" in json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError, TypeError):
@@ -40,10 +40,10 @@ def is_run(folder):
 
 
 def take(out):
-    """Make `out` where it is absent and claim it: its config.json is created, which one process alone can do.
+    """Create `out` if it is missing and claim it by creating its config.json, which only one process can do.
 
-    Returns the folders that were made, innermost first. ValueError where another
-    run has it, OSError with path and reason where it cannot be made or written in.
+    Returns the folders that were created, innermost first. ValueError if another run has
+    claimed it, OSError with path and reason if it cannot be created or written in.
     """
     out = Path(out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -61,7 +61,7 @@ def take(out):
 
 
 def give_back(out, made):
-    """Undo `take` where the run has trained nothing: its config.json goes, and what a teacher was asked."""
+    """Undo `take` for a run that has trained nothing: remove config.json, the teacher's views.pt and partial files."""
     for path in (Path(out) / "config.json", Path(out) / "views.pt", *Path(out).glob("*.partial")):
         path.unlink(missing_ok=True)
     remove_empty(made)
@@ -72,14 +72,15 @@ def remove_empty(folders):
     for folder in folders:
         try:
             folder.rmdir()
-        except OSError:                   # somebody else has put something there
+        except OSError:                   # another process has put something there
             return
 
 
 def hold(out):
-    """Lock `out` until `let_go` or the end of this process, so that no other trains in it; ValueError where one does.
+    """Lock `out` until `let_go` or the end of this process, so that no other process trains in it.
 
-    A file system without locks, as some in networks are, is let pass: there `take` alone tells two starts apart.
+    ValueError if another process holds the lock. On file systems without locks, such as some network file systems,
+    this does nothing; only `take` then protects against two starts.
     """
     if os.name != "posix" or not Path(out).is_dir():
         return
@@ -99,22 +100,22 @@ def hold(out):
 
 
 def let_go(out):
-    """Unlock what `hold` locked, if it did."""
+    """Unlock `out` if `hold` locked it."""
     handle = HELD.pop(key_of(out), None) if Path(out).is_dir() else None
     if handle is not None:
         os.close(handle)
 
 
 def key_of(folder):
-    """What tells one folder from another, whatever its path."""
+    """(device, inode): identifies a folder independently of its path."""
     found = os.stat(folder)
     return found.st_dev, found.st_ino
 
 
 def refuse_overwriting(reads, writes):
-    """ValueError where a run would write over what it reads.
+    """ValueError if a run would overwrite a file that it reads.
 
-    reads: {flag: path or None} of files; writes: files, and folders whose every file may be written.
+    reads: {flag: path or None} of files; writes: files, and folders in which any file may be written.
     """
     written = [Path(path).resolve() for path in writes]
     for flag, path in reads.items():
@@ -123,17 +124,17 @@ def refuse_overwriting(reads, writes):
 
 
 def refuse_target(flag, path):
-    """ValueError where a file cannot be written at `path`, for what can be known of that before."""
+    """ValueError if it is already known that a file cannot be written at `path`."""
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent} that can be written in"
         raise ValueError(f"{flag} {path}: {reason}; name a file in a folder that is there")
 
 
-# ---- a run that goes on
+# ---- resuming a run
 
 def newest(name, folder="runs"):
-    """The newest runs/<run>/<name>; FileNotFoundError where there is none."""
+    """The newest runs/<run>/<name>; FileNotFoundError if there is none."""
     found = sorted(Path(folder).glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"there is no {folder}/*/{name}; train first, or name one")
@@ -141,9 +142,9 @@ def newest(name, folder="runs"):
 
 
 def state_to_resume(given, script):
-    """(folder, what its last.pt holds) of the run that --resume goes on with; no other process may train in it.
+    """(folder, contents of its last.pt) of the run that --resume continues; locks the folder.
 
-    ValueError for a file that holds no run, or one of another script.
+    ValueError for a file that holds no run, or a run of another script.
     """
     out = Path(given.get("out") or newest("last.pt").parent)
     out = Path(parallel.agreed(str(out.parent if out.name == "last.pt" and out.is_file() else out)))
@@ -159,7 +160,7 @@ def state_to_resume(given, script):
 
 
 def refuse_other_form(path, state):
-    """ValueError for a part of a run's state that is absent or of another type."""
+    """ValueError for a part of a run's state that is missing or of the wrong type."""
     for where, held, forms in (("", state, STATE), *((f"{name}.", state[name], FORMS[name]) for name in FORMS)):
         for name, form in forms.items():
             value = held.get(name) if isinstance(held, dict) else None
@@ -171,7 +172,7 @@ def refuse_other_form(path, state):
 
 
 def refuse_other_kind(out, device, state):
-    """ValueError where the run in `out` began on another kind of device, whose random generators differ."""
+    """ValueError if the run in `out` began on another type of device, whose random generator differs."""
     if state is None:
         return
     generator = state["random"]["generator"]

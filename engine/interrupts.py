@@ -1,8 +1,8 @@
-"""Ctrl-C while a script still loads its libraries: one line and exit code 130, as at any later time.
+"""Ctrl-C while a script still loads its libraries: one line and exit code 130, as later in the script.
 
-Scripts import this before all else, so it imports next to nothing; `commandline.command`
-takes over once they begin. A program of one's own that imports a script, and a process
-that one has started, are left alone.
+Scripts import this module first, so it imports almost nothing; `commandline.command`
+takes over when they begin. Other programs that import a script, and processes started by a
+script, are not affected.
 """
 import os
 import signal
@@ -10,13 +10,13 @@ import sys
 
 
 def leave(number, frame):
-    """Say so and end at once: nothing has begun."""
+    """Print one line and exit at once: nothing has begun."""
     os.write(2, b"error: interrupted\n")
     os._exit(130)
 
 
 def is_script(path):
-    """Whether what Python runs is a script of this project."""
+    """Whether `path`, the program that Python runs, is a script of this project."""
     root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     return os.path.isfile(path) and os.path.dirname(os.path.realpath(path)) == root
 

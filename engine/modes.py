@@ -1,10 +1,10 @@
-"""A network in evaluation or training mode for a while."""
+"""Put a network in evaluation or training mode temporarily."""
 from contextlib import contextmanager
 
 
 @contextmanager
 def in_mode(model, training=False):
-    """`model` in evaluation, or in training mode, within a with block; then each module is in the mode it was in."""
+    """A block with `model` in evaluation mode, or training mode; afterwards each module has its old mode again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield model.train(training)

@@ -1,7 +1,7 @@
-"""What is said of a run before its first step, on stderr, and what --force lets pass.
+"""Notes on a run before its first step, printed on stderr, and the changes that --force allows.
 
-A note is one line. What another run would be is refused, unless --force is given; then
-a note names it, so that nothing changes in silence.
+A note is one line. A change that would make a resumed run a different one is refused unless
+--force is given; then a note names it, so that nothing changes silently.
 """
 import sys
 
@@ -10,15 +10,15 @@ from engine.settings import in_words
 
 
 def note(sentence):
-    """Print a note on stderr, of several processes once."""
+    """Print a note on stderr, only once if several processes train."""
     if parallel.leads():
         print(f"note: {sentence}", file=sys.stderr, flush=True)
 
 
 def refuse_over(changed, out):
-    """ValueError where a run that has no epoch left would get other settings: it would train nothing with them.
+    """ValueError if a finished run would get other settings: it would train nothing with them.
 
-    changed: as `settings.differing` gives it; out: the run's folder. How steps would be computed does not matter.
+    changed: from `settings.differing`; out: the run's folder. Settings of how steps are computed may change.
     """
     if changed.keys() - {"compile", "arithmetic", "convolutions"}:
         raise ValueError(f"the run in {out} is finished and would train nothing with other settings "
@@ -26,15 +26,15 @@ def refuse_over(changed, out):
 
 
 def tell_changes(changed, out):
-    """A note of the settings that --force changes of the run in `out`, if any."""
+    """Print a note of the settings that --force changes in the run in `out`, if any."""
     if changed:
         note(f"the run in {out} goes on with other settings ({in_words(changed)})")
 
 
 def refuse_changes(change, forced, over=False):
-    """ValueError for a `change` of the files that a run began with, in words or None; a note of it with --force.
+    """ValueError for a `change` in the files that a run began with (a sentence, or None); with --force only a note.
 
-    over: the run has no epoch left, and another one's pictures would only change what its network says of them.
+    over: the run is finished; --force does not help then, since it would only change what model.pt says of its data.
     """
     if change and (over or not forced):
         raise ValueError(f"{change}; " + ("the run is finished: put back what it began with, or start a new run with "

@@ -1,10 +1,10 @@
-"""Operations of training: what a run costs, whatever machine it is on.
+"""Operations of training: the cost of a run, independent of the machine.
 
     spent += step_pflop(macs_of(model, (3, 32, 32)), images=64, teacher_macs=0)
 
-1 PFLOP is 10^15 floating-point operations: two a multiply-add, a forward pass and
-twice that backward for each image at the size it was shown, and a teacher's forward
-passes. Batch norm, activations, the optimizer and validation are not counted.
+1 PFLOP is 10^15 floating-point operations. A multiply-add counts two; each image counts
+a forward pass, a backward pass of twice that, at the size it was shown, and the teacher's
+forward pass. Batch norm, activations, the optimizer and validation are not counted.
 """
 import math
 
@@ -15,7 +15,7 @@ from engine.modes import in_mode
 
 
 def zero_image(model, shape):
-    """An image of zeros, (1, C, H, W), on the device and of the type of the first floats that `model` holds."""
+    """An image of zeros, (1, C, H, W), with the device and type of the first floating-point tensor of `model`."""
     some = next((tensor for tensor in model.state_dict().values() if tensor.is_floating_point()), torch.empty(0))
     return torch.zeros(1, *shape, device=some.device, dtype=some.dtype)
 
@@ -24,8 +24,8 @@ def zero_image(model, shape):
 def layers_run(model, shape):
     """[(name, layer, shape of its input, of its output)] of convolutions and linear layers, in the order they run.
 
-    One pass over a zero image of (C, H, W), in evaluation: shapes have one image. A layer that runs
-    twice is there twice. The model's modes, buffers and all generators stay as they are.
+    Takes one pass over a zero image of (C, H, W) in evaluation mode: the shapes are for a batch of one. A layer that
+    runs twice is listed twice. The model's modes, buffers and all generators stay as they are.
     """
     found, hooks = [], []
     for name, module in model.named_modules():
@@ -42,9 +42,9 @@ def layers_run(model, shape):
 
 
 def macs_of(model, shape):
-    """Multiply-adds of one image's forward pass through convolutions and linear layers, groups as such.
+    """Multiply-adds of one image's forward pass through convolutions and linear layers; groups are accounted for.
 
-    shape: (C, H, W) of the image; the model stays as it is.
+    shape: (C, H, W) of the image; the model is not changed.
     """
     return sum(output.numel() * (math.prod(layer.kernel_size) * layer.in_channels // layer.groups
                                  if isinstance(layer, nn.Conv2d) else layer.in_features)
@@ -52,5 +52,5 @@ def macs_of(model, shape):
 
 
 def step_pflop(macs, images, teacher_macs=0):
-    """PFLOP of a training step on so many images; macs, teacher_macs: of one image at the sizes they are shown."""
+    """PFLOP of a training step on `images` images; macs, teacher_macs: of one image at the size it is shown."""
     return 2 * images * (3 * macs + teacher_macs) / 1e15

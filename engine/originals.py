@@ -1,4 +1,4 @@
-"""The original files of the data sets that torchvision knows: checked, unpacked, downloaded where they are absent.
+"""The original files of torchvision's data sets: checked, unpacked, and downloaded if they are missing.
 
     x_train, y_train, x_test, y_test = read_originals("mnist", kind, Path("data"))
 """
@@ -15,11 +15,11 @@ import torch
 
 
 def read_originals(dataset, kind, root):
-    """The four arrays of a data set through torchvision's reader, `kind.reader`; see `cifar10.Data`.
+    """The four arrays of a data set, read by torchvision's class `kind.reader`; see `cifar10.Data`.
 
-    A folder that cannot be written is read where it holds every original. Raises
-    ValueError for a file that was altered, FileNotFoundError where one is absent and
-    cannot be downloaded, OSError where the folder cannot be used.
+    A read-only folder can be used if it holds all original files. Raises ValueError for a
+    file that was altered, FileNotFoundError if one is missing and cannot be downloaded,
+    OSError if the folder cannot be used.
     """
     reader = getattr(import_torchvision().datasets, kind.reader)
     check_originals(reader, kind, root)
@@ -39,13 +39,13 @@ def read_originals(dataset, kind, root):
 def arrays_of(part, shape):
     """(images (N, H, W, C), labels (N,)) of one of torchvision's data sets."""
     images = np.asarray(part.data)
-    if hasattr(part, "split_list"):                # of SVHN: channels first, and labels by another name
+    if hasattr(part, "split_list"):                # SVHN: channels first, and another name for labels
         return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), np.asarray(part.labels)
     return images.reshape(-1, *shape), np.asarray(part.targets)
 
 
 def import_torchvision():
-    """torchvision, or RuntimeError with both versions where it does not fit the installed torch."""
+    """Import torchvision; RuntimeError with both versions if it is missing or does not fit the installed torch."""
     try:
         import torchvision.transforms.v2
         return torchvision
@@ -63,7 +63,7 @@ def import_torchvision():
 # ---- the files
 
 def ways_of(reader):
-    """Lists of files below the data folder, each of them a whole set: packed, and unpacked where that differs."""
+    """Lists of files below the data folder, each list a complete set: packed, and unpacked if that differs."""
     if hasattr(reader, "split_list"):
         return [[reader.split_list[part][1] for part in ("train", "test")]]
     if hasattr(reader, "filename"):
@@ -78,7 +78,7 @@ def checked_parts(reader):
 
 
 def original_names(reader):
-    """What a person puts into the data folder when the download is impossible."""
+    """The files to put into the data folder by hand when the download is impossible, for an error message."""
     if hasattr(reader, "filename"):
         return f"{reader.filename} (md5 {reader.tgz_md5})"
     if hasattr(reader, "split_list"):
@@ -88,7 +88,7 @@ def original_names(reader):
 
 
 def check_originals(reader, kind, root):
-    """Refuse an altered original file before anything in it is unpickled: by torchvision's md5, MNIST's by size."""
+    """ValueError for an altered original file, before anything is unpickled: by torchvision's md5, MNIST's by size."""
     if hasattr(reader, "split_list"):
         expected = [reader.split_list[part][1:] for part in ("train", "test")]
     elif hasattr(reader, "filename"):
@@ -107,7 +107,7 @@ def check_originals(reader, kind, root):
 
 
 def check_idx_sizes(kind, folder):
-    """The unpacked files of MNIST, of which torchvision knows no checksum: a header and a byte a pixel or label."""
+    """Check header and size of MNIST's unpacked files, one byte per pixel or label; torchvision has no checksums."""
     for part, count in zip(("train", "t10k"), kind.counts, strict=True):
         for name, sides in (("images-idx3", kind.shape[:2]), ("labels-idx1", ())):
             path = folder / f"{part}-{name}-ubyte"
@@ -127,7 +127,7 @@ def check_idx_sizes(kind, folder):
 
 @contextlib.contextmanager
 def place_for(reader, root):
-    """The folder that a reader may write in: `root`, else a passing one of links to its files, where they are whole."""
+    """A folder that the reader may write in: `root`, or if that is read-only a temporary one of links to its files."""
     whole = [way for way in ways_of(reader) if all((root / name).exists() for name in way)]
     try:
         check_folder(root)
@@ -147,7 +147,7 @@ def place_for(reader, root):
 
 
 def check_folder(folder):
-    """Make `folder`; OSError with path and reason where that, or writing in it, is impossible."""
+    """Create `folder` if missing; OSError with path and reason if that fails or it is not writable."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Weights as fewer bytes: half precision or 8 bits, zeros as one bit each, weights of one magnitude as signs.
+"""Store weights in fewer bytes: half precision or 8 bits, zeros as one bit each, weights of equal magnitude as signs.
 
     packed = compact(weights)                   # {name: tensor, or a dictionary of what rebuilds it}
     weights = expand({"weights": packed})["weights"]
 
-A compact file is these, as an archive, compressed (`checkpoint.save_compact`).
+A compact file is an archive of packed weights, compressed (`checkpoint.save_compact`).
 """
 import math
 
@@ -12,36 +12,36 @@ import torch
 
 
 def compact(weights, eight_bits=False):
-    """{name: tensor} in half precision; a tensor with zeros, or of one magnitude, is packed (see `pack`).
+    """{name: tensor} in half precision, with tensors of more than one dimension packed, see `pack`.
 
-    eight_bits: of more than one dimension in 8 bits. Raises ValueError with the
-    tensors whose values half precision cannot hold.
+    eight_bits: pack these in 8 bits. Raises ValueError with the tensors whose values half
+    precision cannot hold.
     """
     return {name: pack(tensor, eight_bits) if is_weight(tensor) else tensor
             for name, tensor in to_half(weights).items()}
 
 
 def to_half(weights):
-    """Floating tensors rounded to half precision; ValueError that names those that overflow it."""
+    """Round floating-point tensors to half precision; ValueError with the names of those that overflow it."""
     refuse_overflow(weights, torch.float16)
     return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
 
 
 def to_eight_bits(weights):
-    """What a compact file of 8 bits gives back: as `to_half`, with tensors of more than one dimension rounded."""
+    """The weights read back from an 8-bit compact file: `to_half`, tensors of more than one dimension in 8 bits."""
     return {name: from_codes(*codes_of(tensor)) if is_weight(tensor) else tensor
             for name, tensor in to_half(weights).items()}
 
 
 def is_weight(tensor):
-    """Whether a tensor is packed: floats of more than one dimension, as the weights of layers are."""
+    """Whether a tensor is packed: floating-point with more than one dimension, like the weights of layers."""
     return tensor.is_floating_point() and tensor.dim() > 1
 
 
 def codes_of(tensor):
-    """(int8 from -127 to 127, of the tensor's shape; a step, float32, for each row: its largest magnitude / 127).
+    """(int8 from -127 to 127, shaped like the tensor; a float32 step for each row: its largest magnitude / 127).
 
-    A row is what makes one output of a layer, so its step is a factor of that output.
+    A row makes one output of a layer, so its step is a factor of that output.
     """
     rows = tensor.float().flatten(1)
     largest = rows.abs().amax(1) if rows.numel() else torch.zeros(len(rows))
@@ -50,17 +50,17 @@ def codes_of(tensor):
 
 
 def from_codes(codes, steps):
-    """The tensor that `codes_of` rounded, in half precision."""
+    """The tensor encoded by `codes_of`, in half precision."""
     return (codes.float() * by_row(steps, codes)).half()
 
 
 def by_row(factors, tensor):
-    """Factors of a tensor's rows, (rows,), in a shape that broadcasts with it."""
+    """Reshape factors of a tensor's rows, (rows,), so that they broadcast with it."""
     return factors.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def refuse_overflow(weights, dtype):
-    """ValueError with the floating tensors that `dtype` cannot hold, or not finite, and their largest value."""
+    """ValueError with the floating-point tensors that overflow `dtype` or are not finite, and their largest values."""
     limit = torch.finfo(dtype).max
     large = [f"{name} (largest {tensor.abs().max().item():.3g})" for name, tensor in weights.items()
              if tensor.is_floating_point() and tensor.numel() and not bool((tensor.abs() <= limit).all())]
@@ -70,11 +70,11 @@ def refuse_overflow(weights, dtype):
 
 
 def pack(tensor, eight_bits=False):
-    """A tensor as its shape and what is needed to rebuild it exactly, or rounded to 8 bits.
+    """A tensor as a dictionary from which `unpack` rebuilds it exactly, or rounded to 8 bits.
 
-    kept: one bit an entry, where some are zero; positive and height: one bit an
-    entry that is not zero, where these have one magnitude; else values: themselves,
-    or codes: theirs, with a step for each row (`codes_of`).
+    shape; kept: one bit per entry, if some are zero. The nonzero entries are stored as
+    positive, one bit each, and height, if all have the same magnitude; else as values, or
+    with `eight_bits` as codes and steps, one for each row (`codes_of`).
     """
     kept = tensor != 0
     values = tensor[kept]
@@ -82,7 +82,7 @@ def pack(tensor, eight_bits=False):
         held = {"height": values[0].abs(), "positive": pack_bits(values > 0)}
     elif eight_bits:
         codes, steps = codes_of(tensor)
-        kept = codes != 0                 # small values became zeros
+        kept = codes != 0                 # small values were rounded to zero
         held = {"codes": codes[kept], "steps": steps}
     else:
         held = {"values": values}
@@ -93,7 +93,7 @@ def pack(tensor, eight_bits=False):
 
 
 def unpack(packed):
-    """The tensor that `pack` took; ValueError where the counts of bits and values contradict each other."""
+    """The tensor packed by `pack`; ValueError if the counts of bits and values contradict each other."""
     shape, count = packed["shape"], math.prod(packed["shape"])
     kept = unpack_bits(packed["kept"], count) if "kept" in packed else torch.ones(count, dtype=torch.bool)
     if "height" in packed:
@@ -114,19 +114,19 @@ def unpack(packed):
 
 
 def pack_bits(flags):
-    """Bool tensor of any shape -> uint8 tensor, eight flags a byte, the first one highest."""
+    """Bool tensor of any shape -> uint8 tensor, eight flags per byte, the first in the highest bit."""
     return torch.from_numpy(np.packbits(flags.flatten().numpy()))
 
 
 def unpack_bits(packed, count):
-    """The first `count` flags of `pack_bits`, as a bool tensor of one dimension; ValueError for other counts."""
+    """The `count` flags packed by `pack_bits`, as a 1-d bool tensor; ValueError for a wrong number of bytes."""
     if packed.dtype != torch.uint8 or packed.numel() != -(-count // 8):
         raise ValueError(f"{packed.numel()} bytes of {packed.dtype} for {count} bits")
     return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool))
 
 
 def expand(state):
-    """A checkpoint with its packed tensors unpacked; ValueError where its weights are no tensors."""
+    """A checkpoint with its packed tensors unpacked; ValueError if a weight is no tensor."""
     if "weights" not in state:
         return state
     weights = {name: unpack(tensor) if isinstance(tensor, dict) else tensor

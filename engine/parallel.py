@@ -1,14 +1,14 @@
-"""Several processes that train one network, each on its part of every batch.
+"""Data-parallel training: several processes train one network, each on its part of every batch.
 
     torchrun --nproc-per-node 2 train_pruning.py --batch-size 128        # the global batch: 64 images in each process
     commandline.command(together(main))                                  # the last line of a script
 
 Every rank holds the same network and the same generator, so that all draw, augment
-and mix the same whole batch. Each then trains on its slice; batch norm takes the
-statistics of the whole batch, and gradients are averaged. All ranks thus make the
-update that one process makes, within rounding, and none depends on its number:
-a checkpoint goes on with any number of processes. Rank 0 alone prints and writes.
-Without torchrun nothing here does anything.
+and mix the same whole batch. Each then trains on its slice; batch norm uses the
+statistics of the whole batch, and gradients are averaged. All ranks thus make the same
+update as a single process would, up to rounding, whatever their number: a run can be
+resumed with another number of processes. Only rank 0 prints and writes. Without torchrun
+this module has no effect.
 """
 import os
 import signal
@@ -35,9 +35,9 @@ def leads():
 # ---- from start to end
 
 def together(main):
-    """`main(argv)` as each process of torchrun calls it: joined, silent but for rank 0, with one error line in all.
+    """`main(argv)` for the processes of torchrun: joins them in a group; only rank 0 prints, only one reports an error.
 
-    gloo on a CPU, nccl between GPUs. Without torchrun, or with one process, it is `main` itself.
+    Uses gloo on a CPU, nccl between GPUs. Without torchrun, or with one process, returns `main` itself.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ["WORLD_SIZE"] == "1":
         return main
@@ -45,7 +45,7 @@ def together(main):
     def joined(argv):
         """`main` between joining and leaving the other processes."""
         import torch.distributed.nn  # noqa: F401  imported later, its defaults would keep the group beyond its end
-        store, rank, count = next(dist.rendezvous("env://"))      # torchrun's, so that it outlives any rank
+        store, rank, count = next(dist.rendezvous("env://"))      # torchrun's store, which outlives all ranks
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
                                 world_size=count)
         try:
@@ -61,21 +61,21 @@ def together(main):
 
 
 def first_to_fail(store, rank, problem):
-    """Whether this rank tells the error; in the others it, or what follows from it, stays untold.
+    """Whether this rank is the first to fail and reports its error; errors of later ranks follow from the first.
 
-    Ctrl-C is for rank 0 to tell, once what it saves is on disk.
+    Ctrl-C is reported by rank 0, after it has finished saving.
     """
     if rank and isinstance(problem, KeyboardInterrupt):
-        with suppress(RuntimeError):                     # five seconds without it: rank 0 hangs or is gone
+        with suppress(RuntimeError):                     # no answer in five seconds: rank 0 hangs or has ended
             store.wait(["failed"], timedelta(seconds=5))
     if store.add("failed", 1) > 1:
         return False
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)        # torchrun ends all as soon as one has ended
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)        # torchrun terminates all ranks as soon as one has ended
     return True
 
 
 def refuse(batch_size, reasons):
-    """ValueError for what several processes cannot train with; reasons: of `settings.alone`."""
+    """ValueError for settings that several processes cannot train with; reasons: from `settings.alone`."""
     if ranks() == 1:
         return
     if batch_size % ranks():
@@ -86,9 +86,9 @@ def refuse(batch_size, reasons):
 
 
 def own_device(device, wanted):
-    """The device of this rank, where all are to train on `device`; wanted: its name as given.
+    """The device of this rank, if all are to train on `device`; wanted: the value of --device.
 
-    ValueError where there are fewer GPUs than processes, or for a device that cannot be shared.
+    ValueError if there are fewer GPUs than processes, or for a device that cannot be shared.
     """
     if ranks() == 1 or device.type == "cpu":
         return device
@@ -105,13 +105,13 @@ def own_device(device, wanted):
 # ---- agreement
 
 def wait():
-    """Go on when all ranks are here."""
+    """Barrier: wait until all ranks are here."""
     if ranks() > 1:
         dist.all_reduce(torch.zeros(1))
 
 
 def agreed(value):
-    """What rank 0 has for `value`, plain types: so that all decide alike."""
+    """Rank 0's `value`, of plain types, so that all ranks decide alike."""
     if ranks() == 1:
         return value
     values = [value]
@@ -121,7 +121,7 @@ def agreed(value):
 
 @contextmanager
 def leader_first():
-    """A block that the other ranks enter when rank 0 has left it, so that they find the files it wrote."""
+    """A block that the other ranks enter after rank 0 has left it, so that they find the files it wrote."""
     if not leads():
         wait()
     yield
@@ -130,7 +130,7 @@ def leader_first():
 
 
 def refuse_drift(models):
-    """RuntimeError where the ranks no longer hold the same weights and buffers."""
+    """RuntimeError if the ranks no longer hold the same weights and buffers."""
     if ranks() == 1:
         return
     sums = torch.stack([tensor.double().sum() for model in models for tensor in model.state_dict().values()])
@@ -144,7 +144,7 @@ def refuse_drift(models):
 # ---- one step
 
 def own_part(*tensors):
-    """This rank's slice of each tensor along its first dimension, which the ranks share evenly."""
+    """This rank's slice of each tensor along the first dimension, which is divided evenly among the ranks."""
     if ranks() == 1:
         return tensors
     count = len(tensors[0]) // ranks()
@@ -156,7 +156,7 @@ def own_part(*tensors):
 def average_gradients(model, loss, correct):
     """Average the gradients over the ranks, in place. Returns the mean of `loss` and the sum of `correct`, scalars.
 
-    One all_reduce for all: the numbers are the same on every rank, and so is whether they are finite.
+    A single all_reduce: the results are the same on every rank, and so is whether they are finite.
     """
     if ranks() == 1:
         return loss, correct
@@ -170,24 +170,24 @@ def average_gradients(model, loss, correct):
 
 
 def whole_batch():
-    """A context in which batch norm, while training, takes its statistics over the batches of all ranks.
+    """A context in which batch norm, in training, uses the statistics over the batches of all ranks.
 
-    The layers stay what they are. (nn.SyncBatchNorm would replace them, and needs CUDA.)
+    The layers are not replaced. (nn.SyncBatchNorm would replace them, and needs CUDA.)
     """
     return nullcontext() if ranks() == 1 else WholeBatch()
 
 
 class WholeBatch(TorchFunctionMode):
-    """Sends each call of `F.batch_norm` to `batch_norm`."""
+    """Redirects each call of `F.batch_norm` to `batch_norm`."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         return (batch_norm if function is F.batch_norm else function)(*arguments, **(named or {}))
 
 
 def batch_norm(images, running_mean, running_var, weight, bias, training, momentum, eps):
-    """`F.batch_norm` with mean and variance over the batches, of one size, of all ranks; images: (N, C, ...) float.
+    """`F.batch_norm` with mean and variance over the equally large batches of all ranks; images: (N, C, ...) float.
 
-    One all_reduce forward and one backward, of a mean and a mean square by channel.
+    One all_reduce in the forward and one in the backward pass, of a mean and a mean square per channel.
     """
     if not training:
         return F.batch_norm(images, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -204,7 +204,7 @@ def batch_norm(images, running_mean, running_var, weight, bias, training, moment
 
 
 class MeanOfRanks(torch.autograd.Function):
-    """The mean over the ranks of a tensor, whose gradient is the mean over the ranks of theirs."""
+    """The mean of a tensor over the ranks; its gradient is the mean of the gradients over the ranks."""
 
     @staticmethod
     def forward(context, tensor):
@@ -216,7 +216,7 @@ class MeanOfRanks(torch.autograd.Function):
 
 
 def mean_of_ranks(tensor):
-    """A new tensor: the mean over the ranks."""
+    """The mean of a tensor over the ranks, as a new tensor."""
     total = tensor.contiguous().clone()
     dist.all_reduce(total)
     return total / ranks()

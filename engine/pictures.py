@@ -1,10 +1,10 @@
-"""Pictures on disk as arrays: of any size, format and mode, one by one or in folders by class.
+"""Read pictures as arrays: any size, format and mode, single files or folders by class.
 
     pixels = read_picture("cat.png", (32, 32, 3))          # (32, 32, 3) uint8: its middle square, scaled
     classes, arrays, mean, std = read_classes("data/mine", (32, 32, 3))
 
-A folder of one's own pictures is laid out as torchvision's ImageFolder reads it, twice:
-data/mine/train/<class>/... and data/mine/test/<class>/..., with the same classes.
+A folder of your own pictures has two parts, each in the layout of torchvision's
+ImageFolder: data/mine/train/<class>/... and data/mine/test/<class>/..., with the same classes.
 """
 import contextlib
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 WHITE = (255, 255, 255)
 EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
-BITS, PHOTOMETRIC = 258, 262       # tags of a TIFF: bits of a value; 0 in the other: the highest is black
+BITS, PHOTOMETRIC = 258, 262       # tags of a TIFF: bits per value; photometric 0: the highest value is black
 
 
 # ---- one picture
@@ -26,36 +26,36 @@ BITS, PHOTOMETRIC = 258, 262       # tags of a TIFF: bits of a value; 0 in the o
 def read_picture(path, shape, background=WHITE):
     """The middle square of a picture, scaled to `shape` (H, W, C), uint8; C is 3, or 1 for grey.
 
-    background: (R, G, B) that shows where it is transparent. ValueError where the file is
-    no picture, or of a mode that `to_rgb` refuses.
+    background: (R, G, B) behind transparent pixels. ValueError if the file is no picture, or
+    has a mode that `to_rgb` refuses.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
     height, width, channels = shape
     try:
         if isinstance(path, (str, os.PathLike)) and Path(path).exists() and not Path(path).is_file():
-            raise ValueError("it is no file")          # of a pipe, opening it would wait for ever
+            raise ValueError("it is no file")          # opening a pipe would wait forever
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")            # of oddities in files that can be read
+            warnings.simplefilter("ignore")            # about oddities in readable files
             with Image.open(path) as picture:
                 picture.load()
-                with contextlib.suppress(SyntaxError, struct.error):      # of a header that is none
+                with contextlib.suppress(SyntaxError, struct.error):      # a malformed EXIF header
                     ImageOps.exif_transpose(picture, in_place=True)
                 picture = to_rgb(picture, background)
                 square = ImageOps.fit(picture.convert("L") if channels == 1 else picture, (width, height),
                                       Image.Resampling.BICUBIC)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is no picture that can be read: its format is unknown") from None
-    except Exception as problem:                   # Pillow reports damage in many types
+    except Exception as problem:                   # Pillow raises many types for damaged files
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise ValueError(f"{path} is no picture that can be read: {reason}") from None
     return np.array(square).reshape(shape)
 
 
 def to_rgb(picture, background=WHITE):
-    """A PIL image of any mode as RGB of 8 bits; where it is transparent, `background` (R, G, B) shows.
+    """A PIL image of any mode as RGB of 8 bits, with `background` (R, G, B) behind transparent pixels.
 
-    16 bits, and floats from 0 to 1, are scaled. ValueError that names the mode where it
-    cannot be known which value is white.
+    16 bits, and floats from 0 to 1, are scaled. ValueError that names the mode if it is
+    unknown which value is white.
     """
     from PIL import Image
     if picture.mode == "F" or picture.mode.startswith("I"):
@@ -64,14 +64,14 @@ def to_rgb(picture, background=WHITE):
         raise ValueError(f"its mode {picture.mode} is none of this project; save it as RGB")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
-    if picture.mode == "La":                       # Pillow leads it to RGBA by way of LA alone
+    if picture.mode == "La":                       # Pillow converts it to RGBA only via LA
         picture = picture.convert("LA")
     canvas = Image.new("RGBA", picture.size, (*background, 255))
     return Image.alpha_composite(canvas, picture.convert("RGBA")).convert("RGB")
 
 
 def to_eight_bits(picture):
-    """Grey of 16 bits or of floats from 0 to 1 as grey of 8 bits, mode L; LA where one value is transparent."""
+    """A grey image of 16 bits, or of floats from 0 to 1, in 8 bits: mode L, or LA if one value is transparent."""
     from PIL import Image
     values, tags = np.asarray(picture).astype(np.float64), getattr(picture, "tag_v2", {})
     if picture.mode == "F":
@@ -93,7 +93,7 @@ def to_eight_bits(picture):
 
 
 def color_of(text):
-    """(R, G, B) of a colour's name, "white", or of "#rrggbb"; ValueError for what is none."""
+    """(R, G, B) of a colour's name such as "white", or of "#rrggbb"; ValueError for any other text."""
     from PIL import ImageColor
     try:
         color = ImageColor.getrgb(text)
@@ -109,9 +109,9 @@ def color_of(text):
 def read_classes(folder, shape):
     """(class names in order, [x_train, y_train, x_test, y_test], mean, std) of a folder of pictures by class.
 
-    x: (N, *shape) uint8, y: (N,) int64; mean and std by channel of the training images,
+    x: (N, *shape) uint8, y: (N,) int64; mean and std per channel of the training images,
     scaled to [0, 1], rounded to four digits. ValueError for a folder without train/ or
-    test/, a class without pictures, classes that differ, and the first broken picture.
+    test/, a class without pictures, classes that differ, and the first damaged picture.
     """
     classes = list_classes(folder)
     listing = tuple((part, label, file, file.stat().st_size, file.stat().st_mtime_ns)
@@ -121,7 +121,7 @@ def read_classes(folder, shape):
 
 
 def list_classes(folder):
-    """{"train": {class: [files]}, "test": {class: [files]}}, all in order; see `read_classes`."""
+    """{"train": {class: [files]}, "test": {class: [files]}}, sorted; see `read_classes`."""
     classes = {}
     for part in ("train", "test"):
         inside = Path(folder) / part
@@ -145,7 +145,7 @@ def list_classes(folder):
 
 
 def files_in(folder):
-    """The pictures below a folder, to any depth, in torchvision's order; names with a dot in front are left out.
+    """The pictures below a folder, at any depth, in torchvision's order, without names that begin with a dot.
 
     OSError for a folder that cannot be read.
     """
@@ -153,23 +153,23 @@ def files_in(folder):
         raise problem
     found, seen = [], set()
     for inside, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(inside) in seen:           # a link that leads back
+        if os.path.realpath(inside) in seen:           # a link back to a visited folder
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not name.startswith(".")]      # of thumbnails
+        folders[:] = [name for name in folders if not name.startswith(".")]      # such as thumbnails
         seen.add(os.path.realpath(inside))
         found += [(inside, name) for name in names if is_picture(Path(inside) / name)]
     return [Path(inside) / name for inside, name in sorted(found)]
 
 
 def is_picture(path):
-    """Whether a path is named like a picture, and no folder; macOS puts a file with a dot in front beside each."""
+    """Whether a path has a picture's ending and is no folder or hidden file (macOS adds one beside each picture)."""
     return path.suffix.lower() in ENDINGS and not path.name.startswith(".") and not path.is_dir()
 
 
-@functools.lru_cache(maxsize=1)       # one start asks for a data set's classes, for its mean and for its images
+@functools.lru_cache(maxsize=1)       # starting a run reads a data set several times
 def read_listed(listing, shape):
-    """([x_train, y_train, x_test, y_test], mean, std) of (part, label, file, its size, its time) of every picture."""
+    """([x_train, y_train, x_test, y_test], mean, std) for a listing of (part, label, file, size, time) per picture."""
     arrays = []
     for part in ("train", "test"):
         chosen = [(label, file) for name, label, file, *_ in listing if name == part]
@@ -179,7 +179,7 @@ def read_listed(listing, shape):
 
 
 def spread_of(images):
-    """(mean, std) by channel of (N, H, W, C) uint8, scaled to [0, 1]; no std is below half a step of 8 bits."""
+    """(mean, std) per channel of (N, H, W, C) uint8, scaled to [0, 1]; a std is at least half an 8-bit step."""
     level, found = np.arange(256) / 255, []
     for channel in range(images.shape[-1]):
         counts = sum(np.bincount(image[..., channel].ravel(), minlength=256) for image in images)

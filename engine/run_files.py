@@ -1,7 +1,7 @@
-"""What a run writes beside its checkpoints, and what is read of it: `config.json`, `history.csv`, `report.json`.
+"""Write and read a run's files beside its checkpoints: `config.json`, `history.csv`, `report.json`.
 
-Each function that reads returns plain values that have the form which study.py and
-report.py count on; ValueError names the file and the first thing that is of another form.
+Each reading function returns plain values in the form that study.py and report.py rely on;
+otherwise ValueError names the file and the first value of another form.
 """
 import json
 import math
@@ -15,27 +15,27 @@ import torch
 
 from engine import checkpoint, commandline, files, originals, parallel
 
-# name: its type; those of OPTIONAL may be absent or null
+# {setting: its type}; those of OPTIONAL may be missing or null
 SETTINGS = {"dataset": str, "mixing": str, "recipe": str, "seed": int, "sparsity": list}
 OWN = ("config.json", "history.csv", "last.pt", "model.pt", "previous.pt", "report.json", "views.pt")
 OPTIONAL = {"pruning": str, "score": str, "weights": str, "cycle_settings": dict, "limit": int}
 EPOCH = ("round", "seconds", "images_per_second", "train_accuracy", "validation_loss", "validation_accuracy")
 PROFILE = ("parameters", "nonzero", "parameters_removed", "macs", "macs_removed", "score_course")
-FOLDERS = ("engine", "models", "deploy")      # whose sources a run stores beside the scripts
+FOLDERS = ("engine", "models", "deploy")      # folders whose sources a run stores, besides the scripts
 NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
 
 
 def is_result(path):
-    """Whether a checkpoint is what a run's report.json is about: its model.pt, or its last.pt while there is none."""
+    """Whether a checkpoint is the one that a run's report.json describes: model.pt, or last.pt if there is none."""
     path = Path(path)
     return (path.parent / "config.json").exists() and (
         path.name == "model.pt" or path.name == "last.pt" and not (path.parent / "model.pt").exists())
 
 
 def keep_measured(path, sha256, network, part, measured):
-    """Put what was `measured` on a run's result, of a file with that SHA-256, into its report.json as test or profile.
+    """Store `measured`, measured on a run's result with this SHA-256, in its report.json as `part`, test or profile.
 
-    network: the file's dictionary. A note and nothing more where that cannot be, or another file is there by now.
+    network: the file's dictionary. If writing fails or the file has changed since, this only prints a note.
     """
     with files.noted():
         if files.sha256_of(path) != sha256:
@@ -45,17 +45,17 @@ def keep_measured(path, sha256, network, part, measured):
 
 
 def refuse_own(flag, path):
-    """ValueError where the file that `flag` is to write is one that a run needs."""
+    """ValueError if the output file `path` of `flag` is one that a run needs."""
     path = Path(path)
     if path.name in OWN and (path.parent / "config.json").exists():
         raise ValueError(f"{flag} {path} is a file of the run in {path.parent}, which would be lost; name another file")
 
 
 def check_target(path, reads=(), beside=()):
-    """ValueError where the numbers of --json cannot go to `path`; reads: the checkpoints that they come from.
+    """ValueError if the numbers of --json cannot be written to `path`; reads: the checkpoints that they come from.
 
-    It ends in .json, since a table and a plot may go beside it, and is no file that a run needs. beside: the endings
-    of those; they are not written over where there are no such numbers yet, so that they are of something else.
+    `path` must end in .json and must not be a file that a run needs. beside: endings of the table and plot written
+    beside it; if they exist without the .json file they belong to something else and are not overwritten.
     """
     if Path(path).suffix != ".json":
         raise ValueError(f"--json {path}: it must end in .json")
@@ -70,9 +70,9 @@ def check_target(path, reads=(), beside=()):
 
 
 def sources_of(folder):
-    """{path: text} of the Python files of the project in `folder` that a run may use; a note of one that is unreadable.
+    """{path: text} of the project's Python files in `folder` that a run may use; a note for an unreadable one.
 
-    Names with a dot in front are left out: editors and file systems put such beside a file.
+    Hidden files, which editors and file systems add, are left out.
     """
     paths, sources = [path for part in (".", *FOLDERS) for path in (folder / part).glob("*.py")], {}
     for path in sorted(path for path in paths if not path.name.startswith(".")):
@@ -82,7 +82,7 @@ def sources_of(folder):
 
 
 def write_config(run, sources):
-    """config.json of a run that begins or goes on: its settings, `sources` of `sources_of`, versions and device."""
+    """Write config.json of a new or resumed run: settings, `sources` (from `sources_of`), versions, device."""
     config = {"settings": run.settings, "architecture": run.architecture,
               "device": commandline.device_name(run.device), "processes": parallel.ranks(),
               "arithmetic": run.arithmetic, "convolutions": run.form,
@@ -91,12 +91,12 @@ def write_config(run, sources):
               "source": sources}
     path = run.out / "config.json"
     if run.made is None and path.exists():
-        with files.noted():              # all that counts is in last.pt
+        with files.noted():              # all that matters is in last.pt
             first = files.read_json(path)
             before = check(path, first, "resumed", list, optional=True) or []
             config |= {"started": first.get("started"), "resumed": [*before, config["started"]],
                        "sha256": check(path, first, "sha256", dict, optional=True) or {}}
-    elif run.made is not None:            # it begins
+    elif run.made is not None:            # a new run
         start = start_of(run.settings)
         found = {"teacher": run.teacher_sha256, "start": start and files.sha256_of(start),
                  "pictures": run.pictures_sha256}
@@ -105,7 +105,7 @@ def write_config(run, sources):
 
 
 def start_of(settings):
-    """The file whose weights a run with these settings begins with, or None."""
+    """The file whose weights a run with these settings starts from, or None."""
     start = settings.get("start") or (settings.get("cycle_settings") or {}).get("input_model_path")
     return start and checkpoint.meant(start)
 
@@ -133,7 +133,7 @@ def read_config(folder):
 
 
 def read_history(folder, columns=EPOCH):
-    """The history.csv of a run, a DataFrame of a row an epoch; every one of `columns` holds finite numbers."""
+    """The history.csv of a run, a DataFrame with a row per epoch; all of `columns` hold finite numbers."""
     import pandas as pd
     path = Path(folder) / "history.csv"
     try:
@@ -159,7 +159,7 @@ def read_history(folder, columns=EPOCH):
 
 
 def read_report(folder):
-    """The report.json of a run: test and profile, what test.py and profil.py put there, or {}."""
+    """The report.json of a run: `test` and `profile` as written by test.py and profil.py, {} if missing or outdated."""
     path = Path(folder) / "report.json"
     report = {"test": {}, "profile": {}} | (files.read_json(path) if path.exists() else {})
     for name, whose in outdated(folder).items():
@@ -182,22 +182,22 @@ def read_report(folder):
 
 
 def outdated(folder):
-    """{part: whose it is} of a run's report.json, of test and profile, what was measured on an earlier network."""
+    """{part: the network it belongs to} for the parts of report.json, test and profile, that are outdated."""
     path, history = Path(folder) / "report.json", Path(folder) / "history.csv"
     report = {"test": {}, "profile": {}} | (files.read_json(path) if path.exists() else {})
     epochs = len(history.read_bytes().splitlines()) - 1 if history.is_file() else None
     config = files.read_json(path.with_name("config.json")) if path.with_name("config.json").is_file() else {}
     settings = config.get("settings")
-    if isinstance(settings, dict) and settings.get("pruning") == "l1_cycle":  # it ends with one that it refuses
+    if isinstance(settings, dict) and settings.get("pruning") == "l1_cycle":  # its last network is not the kept one
         epochs = None
     found = {name: earlier(path, check(path, report, name, dict), epochs) for name in ("test", "profile")}
     return {name: whose for name, whose in found.items() if whose}
 
 
 def earlier(path, measured, epochs):
-    """Whose numbers `measured` are, if not those of the run that has so many epochs by now; None where they are.
+    """The earlier network that `measured` belongs to, in words, if the run has changed since; None if it has not.
 
-    A file beside `path`, on which they were measured, may be another one by now; one not there is taken to be the same.
+    epochs: of the run now. The measured file, beside `path`, may have been replaced; if missing it counts as unchanged.
     """
     named, sha256 = (check(path, measured, name, str, optional=True) for name in ("checkpoint", "sha256"))
     file, then = path.with_name(Path(named or "none").name or "none"), check(path, measured, "epochs", int, True)
@@ -209,7 +209,7 @@ def earlier(path, measured, epochs):
 
 
 def check(path, held, name, form, optional=False):
-    """held[name], if it is of that form; a finite number is a float. ValueError that names the file otherwise."""
+    """held[name] if it has the type `form`, float meaning a finite number; otherwise ValueError that names the file."""
     value = held.get(name) if isinstance(held, dict) else None
     kind = (int, float) if form is float else form
     if value is None and optional:
@@ -220,5 +220,5 @@ def check(path, held, name, form, optional=False):
 
 
 def small(number):
-    """Whether a number is finite, as a float too."""
+    """Whether a number is finite and also fits a float."""
     return -1e300 < number < 1e300

@@ -1,6 +1,6 @@
 """Plots of runs, from their histories and from a report's table.
 
-A run is the dictionary of report.read_run; every plot is a PNG at the path that comes first.
+A run is the dictionary of report.read_run; every plot is written as a PNG to `path`.
 """
 import math
 
@@ -8,14 +8,14 @@ from engine import files
 
 
 def figure_of(width, height, columns=1):
-    """(figure, its axes, an array where there are several); sizes in inches."""
+    """(figure, its axes; an array of axes if columns > 1); sizes in inches."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns)
 
 
 def draw_curves(path, run):
-    """Loss and accuracy by epoch, training and validation, with the pruning rounds marked."""
+    """Plot loss and accuracy by epoch, training and validation, with the pruning rounds marked."""
     history = run["history"]
     figure, (left, right) = figure_of(10, 3.8, columns=2)
     for axes, what in ((left, "loss"), (right, "accuracy")):
@@ -37,14 +37,14 @@ def draw_curves(path, run):
 
 
 def pruned_to(row):
-    """What a pruning has left at a row of history.csv: zeros, or a network of fewer parameters, in a few words."""
+    """A label for a pruning at a row of history.csv: the share of zeros, or the number of parameters left."""
     if not row["sparsity"] and "parameters" in row:
         return f"{row['parameters']:,.0f} parameters"
     return f"pruned to {row['sparsity']:.0%}"
 
 
 def draw_layers(path, run):
-    """Weights by layer before and after pruning, on a logarithmic axis."""
+    """Plot the weights by layer before and after pruning, on a logarithmic axis."""
     import pandas as pd
     layers = pd.DataFrame(run["layers"])
     places, left = range(len(layers)), layers["weights"] - layers["zero_weights"]
@@ -60,7 +60,7 @@ def draw_layers(path, run):
 
 
 def draw_accuracy_size(path, table):
-    """Test accuracy against parameters left, a point a row of a report's table, a colour a data set."""
+    """Plot test accuracy against parameters left: a point per row of a report's table, a colour per data set."""
     tested = table.dropna(subset=["test_accuracy", "nonzero"])
     figure, axes = figure_of(7, 4.5)
     for dataset, rows in tested.groupby("dataset"):
@@ -69,7 +69,7 @@ def draw_accuracy_size(path, table):
     axes.margins(x=0.25, y=0.15)
     axes.set_xlim(left=axes.get_xlim()[0] / 25)              # room for the names on the left
     axes.set_ylim(axes.get_ylim())
-    place = -math.inf                                        # a name stays 10 points above the one below it
+    place = -math.inf                                        # labels are at least 10 points apart
     for row in tested.sort_values("test_accuracy").itertuples():
         height = axes.transData.transform((row.nonzero, row.test_accuracy))[1] * 72 / figure.dpi
         place = max(height, place + 10)
@@ -83,24 +83,24 @@ def draw_accuracy_size(path, table):
 
 
 def draw_accuracy_time(path, runs):
-    """Validation accuracy against the minutes that a run had trained, measuring included; the time on a log scale."""
+    """Plot validation accuracy against minutes of training, evaluation included; the time on a log scale."""
     draw_progress(path, {run["run"]: (run["history"]["seconds"].cumsum() / 60, run["history"]) for run in runs},
                   "minutes of epochs")
 
 
 def draw_accuracy_operations(path, runs):
-    """Validation accuracy against the operations of training so far, of the runs that counted them; a log scale."""
+    """Plot validation accuracy against operations of training so far, for runs that count them; on a log scale."""
     draw_progress(path, {run["run"]: (run["history"]["pflop"], run["history"]) for run in runs
                          if "pflop" in run["history"]}, "PFLOP of training so far")
 
 
 def draw_progress(path, lines, label):
-    """Validation accuracy against what was spent. lines: {name: (spent by epoch, history)}."""
+    """Plot validation accuracy against a cost. lines: {name: (cost so far by epoch, history)}."""
     figure, axes = figure_of(8, 4.5)
     for name, (spent, history) in lines.items():
         axes.plot(spent, history["validation_accuracy"], marker=".", label=name)
     axes.set(xlabel=label, ylabel="validation accuracy (%)")
-    if any((spent > 0).any() for spent, _ in lines.values()):      # of tiny runs seconds are 0.0
+    if any((spent > 0).any() for spent, _ in lines.values()):      # in tiny runs seconds may be 0.0
         axes.set_xscale("log")
     axes.grid(alpha=0.4)
     if lines:

@@ -1,4 +1,4 @@
-"""Learning rates over a round, as shares of the largest, and where a run that goes on stands in them."""
+"""Learning-rate schedules over a round, as shares of the largest rate, and their position in a resumed run."""
 import math
 
 import torch
@@ -7,19 +7,19 @@ from engine.settings import Setting, line
 
 SETTINGS = {
     "schedule": line("one-cycle", ("one-cycle", "cosine", "plateau")),
-    "peak": Setting(None, "share of a round at which the rate is highest (0.25 of one-cycle, 0.05 of cosine)", low=0,
-                    high=0.99, form=float, only=(("schedule", ("one-cycle", "cosine")),)),
+    "peak": Setting(None, "share of a round at which the learning rate peaks (0.25 for one-cycle, 0.05 for cosine)",
+                    low=0, high=0.99, form=float, only=(("schedule", ("one-cycle", "cosine")),)),
 }
 
 
 def one_cycle(progress, peak=0.25):
-    """Share of the largest learning rate after `progress` in [0, 1] of a round: up to `peak`, down to zero, linear."""
+    """Share of the largest learning rate at `progress` in [0, 1] of a round: linear up to `peak`, then down to zero."""
     rising = (progress + 1e-3) / peak if peak else 1.0
     return max(0.0, min(rising, (1 - progress) / (1 - peak), 1.0))
 
 
 def warm_cosine(progress, peak=0.05):
-    """The same for a linear warm-up, up to `peak`, followed by half a cosine."""
+    """Share of the largest learning rate for a linear warm-up, up to `peak`, followed by half a cosine."""
     rising = (progress + 1e-3) / peak if peak else 1.0
     fallen = min(max(0.0, progress - peak) / (1 - peak), 1.0)
     return min(rising, 0.5 + 0.5 * math.cos(math.pi * fallen))
@@ -29,7 +29,7 @@ SHAPES = {"one-cycle": one_cycle, "cosine": warm_cosine}
 
 
 def make_schedule(optimizer, name, steps, peak=None):
-    """What the line SCHEDULE asks for, over a round of `steps`; peak: where it is highest, None for its own place."""
+    """The schedule called `name` over a round of `steps`; peak: share where it is highest, None for its default."""
     if name == "plateau":
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
     shape, place = SHAPES[name], [] if peak is None else [peak]
@@ -37,11 +37,12 @@ def make_schedule(optimizer, name, steps, peak=None):
 
 
 def restore(run, state):
-    """The optimizer's state from a file, its settings from the run; the rate where the schedule stands by epochs.
+    """Restore the optimizer: its state from a file, its settings from the run, its learning rate from the schedule.
 
-    A step count would mean another place once the batch size or the number of epochs
-    differs. A plateau's rate is a matter of the losses so far: it goes on, relative
-    to --lr, and begins afresh behind another schedule.
+    The position in the schedule follows from the epochs done; the stored step count would be
+    wrong if the batch size or the number of epochs has changed. The learning rate of "plateau"
+    depends on the losses so far: it is kept, relative to --lr, and starts anew if the run used
+    another schedule before.
     """
     schedule, groups = run.schedule, run.optimizer.param_groups
     own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
@@ -53,7 +54,7 @@ def restore(run, state):
     if by_losses == (before["schedule"] == "plateau"):
         schedule.load_state_dict(state["schedule"])
     if by_losses:
-        names = [group.get("rate", "lr") for group in own]      # the setting that is the group's rate
+        names = [group.get("rate", "lr") for group in own]      # the setting that holds the group's learning rate
         rates = bases if before["schedule"] != "plateau" else [
             rate * (run.settings[name] / before[name]) * (group.get("share", 1.0) / share)
             for rate, name, share, group in zip(stood, names, shares, own, strict=True)]

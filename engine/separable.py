@@ -2,10 +2,10 @@
 
     use_separable(model)
 
-In bfloat16 on CPUs with AMX, oneDNN is quick at most of what such a network computes, and
-very slow at three things: the gradient of a strided depthwise convolution's images, the
-gradient of depthwise filters on the smallest images, and both gradients of 1x1 filters there.
-Each is computed as something that it is quick at.
+In bfloat16 on CPUs with AMX, oneDNN is fast at most of what such a network computes, but
+very slow at three things: the input gradient of a strided depthwise convolution, the filter
+gradient of depthwise convolutions on the smallest images, and both gradients of 1x1
+convolutions there. Each is replaced by equivalent operations that are fast.
 """
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,12 @@ from torch import nn
 
 from engine import compiling
 
-SMALLEST = 4           # pixels of a row, up to which the gradients of filters are computed here
-CHANNELS = 256         # of inputs and of outputs of 1x1 filters, below which nothing is gained
+SMALLEST = 4           # image width up to which filter gradients are computed here
+CHANNELS = 256         # input and output channels of 1x1 convolutions, below which nothing is gained
 
 
 class _Depthwise(torch.autograd.Function):
-    """A depthwise convolution that keeps the size of images, or takes every n-th row and column of that."""
+    """A depthwise convolution with padding that keeps the image size; with a stride, every n-th row and column."""
 
     @staticmethod
     def forward(context, images, weight, stride):
@@ -38,17 +38,17 @@ class _Depthwise(torch.autograd.Function):
 
 
 def convolved(images, weight, stride=(1, 1)):
-    """The depthwise convolution of images (N, C, H, W) with an odd kernel (C, 1, K, L), zeros around them."""
+    """The depthwise convolution of images (N, C, H, W) with an odd kernel (C, 1, K, L) and zero padding."""
     return F.conv2d(images, weight, None, stride, half(weight), 1, len(weight))
 
 
 def half(weight):
-    """How many rows and columns of zeros keep the size of images under an odd kernel."""
+    """(rows, columns) of zero padding that keep the image size for an odd kernel."""
     return weight.shape[2] // 2, weight.shape[3] // 2
 
 
 def image_gradient(gradient, weight, stride, images):
-    """The gradient of the images: that of the outputs, with zeros between, through the kernel turned round."""
+    """The gradient of the images: the outputs' gradient, spread by the stride, convolved with the flipped kernel."""
     if tuple(stride) != (1, 1):
         outputs, gradient = gradient, torch.zeros_like(images)
         gradient[:, :, ::stride[0], ::stride[1]] = outputs
@@ -56,7 +56,7 @@ def image_gradient(gradient, weight, stride, images):
 
 
 def filter_gradient(images, gradient, weight, stride):
-    """The gradient of the filters, (C, 1, K, L); on the smallest images one sum of products for each place of them."""
+    """The gradient of the filters, (C, 1, K, L); on the smallest images one sum of products per kernel position."""
     rows, columns = half(weight)
     if images.shape[-1] > SMALLEST:
         return torch.ops.aten.convolution_backward(gradient, images, weight, None, stride, [rows, columns], [1, 1],
@@ -69,7 +69,7 @@ def filter_gradient(images, gradient, weight, stride):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution that takes the gradients above while it trains in bfloat16."""
+    """A depthwise convolution that uses the gradients above when it trains in bfloat16."""
 
     def forward(self, images):
         if not compiling.trains_in_bfloat16(self, images):
@@ -78,7 +78,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A convolution of 1x1 filters that trains as the product of matrices that it is, on the smallest images."""
+    """A 1x1 convolution that is computed as a matrix product when it trains on the smallest images in bfloat16."""
 
     def forward(self, images):
         if images.shape[-1] > SMALLEST or not compiling.trains_in_bfloat16(self, images):
@@ -87,7 +87,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def use_separable(model):
-    """Let depthwise convolutions and wide ones of 1x1 filters compute as above where the CPU has AMX.
+    """Let depthwise convolutions and wide 1x1 convolutions compute as above if the CPU has AMX.
 
     Outputs and gradients agree to rounding.
     """
@@ -95,7 +95,7 @@ def use_separable(model):
 
 
 def kind_of(layer):
-    """The class of a convolution: one of those above, or torch's own."""
+    """The class that a convolution should have: one of those above, or nn.Conv2d."""
     if layer.bias is not None or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
         return nn.Conv2d
     if 1 < layer.groups == layer.in_channels == layer.out_channels:

@@ -1,10 +1,10 @@
-"""Settings, each declared once, in a table of the file that uses it.
+"""Settings: each is declared once, in a table of the file that uses it.
 
     SETTINGS = {"strength": Setting(0.1, "of the penalty", low=0, below=1)}      # --strength, 0.1 where not given
 
-A table is {name: Setting}. Flags, defaults, checks, what a resumed run may change and
-what report.py tells of a run are read from the tables, which a script joins; nothing
-here knows a technique by name.
+A table is {name: Setting}. A script joins the tables; its flags, defaults and checks, what a
+resumed run may change and what report.py shows of a run all follow from them. Nothing here
+depends on the name of a technique.
 """
 import argparse
 import math
@@ -12,20 +12,19 @@ from typing import NamedTuple
 
 
 class Setting(NamedTuple):
-    """What a setting may be.
+    """The declaration of a setting.
 
-    default: of new runs, and of runs that are older than the setting. help: of its
-    flag, without the default; None: it has no flag. low, high: closed ends of the
-    accepted range; above, below: open ones. form: the type of a value, where the
-    default does not tell it. choices: all its values. many: how many values it
-    takes, as argparse's nargs. shown: what --help shows in place of a value.
-    line: a technique line chooses it. free: may differ when a run goes on, and says
-    nothing of the method; fixed: not even --force changes it then. clashes: (own
-    values, or () for any but the default; another setting; values of that; why);
-    alone: (values, why) that several processes cannot train with. only: pairs of
-    (another setting, its values, or () for any but the default), without each of
-    which it changes nothing. unless: pairs of (another setting, a value) beside
-    which it changes nothing.
+    default: for new runs, and for runs older than the setting. help: text of its flag,
+    without the default; None: it has no flag. low, high: closed ends of the accepted range;
+    above, below: open ends. form: the type of a value, if the default does not show it.
+    choices: all accepted values. many: how many values it takes, as argparse's nargs. shown:
+    what --help shows in place of a value. line: a technique line sets it. free: it may differ
+    in a resumed run, and is not part of the method; fixed: not even --force changes it in a
+    resumed run. clashes: combinations that are refused, (own values, or () for any but the
+    default; another setting; values of that; why). alone: (values, why) that several
+    processes cannot train with. only: pairs (another setting, its values, or () for any but
+    the default); it has no effect unless all of them hold. unless: pairs (another setting, a
+    value); it has no effect if one of them holds.
     """
 
     default: object = None
@@ -55,7 +54,7 @@ class Setting(NamedTuple):
 
 
 def line(default, choices=None, hint="", **more):
-    """A setting that a technique line chooses; hint: what --help says beside that."""
+    """A setting that a technique line sets; hint: is added to its text in --help."""
     return Setting(default, "overrides the technique line" + hint, choices=choices, line=True, **more)
 
 
@@ -65,7 +64,7 @@ KINDS = {int: "a whole number", float: "a number", str: "a text in quotation mar
 # ---- tables
 
 def joined(*tables):
-    """One table of several; ValueError for a name that two of them declare."""
+    """Join several tables into one; ValueError for a name that two of them declare."""
     whole = {}
     for table in tables:
         twice = sorted(whole.keys() & table.keys())
@@ -76,12 +75,12 @@ def joined(*tables):
 
 
 def without_flags(table):
-    """The same settings for a script in which they have neither flags nor technique lines, and keep their defaults."""
+    """The table without flags and technique lines, for a script in which these settings keep their defaults."""
     return {name: setting._replace(help=None, line=False) for name, setting in table.items()}
 
 
 def only(name, values, table):
-    """The table, of whose settings all that need no other change nothing unless the setting `name` has such a value."""
+    """The table whose settings have no effect unless `name` is one of `values`; settings with an `only` keep theirs."""
     return {own: setting._replace(only=setting.only or ((name, tuple(values)),)) for own, setting in table.items()}
 
 
@@ -91,7 +90,7 @@ def with_defaults(table, **defaults):
 
 
 def defaults_of(table):
-    """{name: default}; lists and dictionaries are fresh ones."""
+    """{name: default}; lists and dictionaries are copies."""
     return {name: type(setting.default)(setting.default) if isinstance(setting.default, (list, dict))
             else setting.default for name, setting in table.items()}
 
@@ -104,13 +103,13 @@ def names_of(table, mark):
 # ---- flags
 
 def flag_of(name, value=True):
-    """A setting as its flag, with a value that is not simply on or off: "--lr 0.1", "--all-images", "--no-shuffle"."""
+    """A setting as its flag, with the value unless it is a bool: "--lr 0.1", "--all-images", "--no-shuffle"."""
     words = value if isinstance(value, (list, tuple)) else [] if isinstance(value, bool) else [value]
     return " ".join([f"--{'no-' * (value is False)}{name.replace('_', '-')}", *map(str, words)])
 
 
 def add_flags(parser, table):
-    """A flag for each setting that has help; one that is not given should be absent from the result."""
+    """Add a flag for each setting with help; flags that are not given should be absent from the parser's result."""
     for name, setting in table.items():
         if setting.help is None:
             continue
@@ -122,7 +121,7 @@ def add_flags(parser, table):
 
 
 def default_text(setting):
-    """The default as --help shows it, behind the help: " (0.5)", or "" where there is none, or a line chooses."""
+    """The default as --help shows it after the help: " (0.5)", or "" if there is none or a technique line sets it."""
     value = setting.default
     if setting.line or setting.free and setting.kind is bool or value in (None, [], {}):
         return ""
@@ -134,7 +133,7 @@ def default_text(setting):
 # ---- checks
 
 def check(table, settings):
-    """ValueError with the accepted range, the choices or the type for the first setting that is out of them."""
+    """ValueError for the first setting with a wrong value, with the accepted range, choices or type, or for a clash."""
     check_each(table, settings, table)
     for name, setting in table.items():
         for own, other, values, why in setting.clashes:
@@ -144,13 +143,13 @@ def check(table, settings):
 
 
 def check_each(table, settings, names):
-    """The part of `check` for settings of these names, each by itself."""
+    """The part of `check` that looks at each of these settings by itself."""
     for name in names:
         check_value(table[name], settings[name], f"{name} {settings[name]!r}", flag_of(name, settings[name]))
 
 
 def check_value(setting, value, told, flagged=None, line=False):
-    """ValueError unless a setting may have that value; of other than a technique `line`, the default is always one.
+    """ValueError unless a setting may have this value; the default is always accepted, except in a technique `line`.
 
     told, flagged: how the message begins for a wrong type or word, and for a number out of range.
     """
@@ -170,7 +169,7 @@ def check_value(setting, value, told, flagged=None, line=False):
 
 
 def wrong_kind(kind, value):
-    """Whether a value is of another type; a whole number is a number too, True and False are none."""
+    """Whether a value has the wrong type; an int is accepted as a float, a bool is not accepted as a number."""
     return type(value) not in ((int, float) if kind is float else (kind,))
 
 
@@ -188,13 +187,13 @@ def range_of(setting):
 
 
 def alone(table, settings):
-    """Why these settings take one process, as sentences; an empty list where several can train with them."""
+    """Why these settings need a single process, as sentences; an empty list if several processes can use them."""
     return [f"{flag_of(name, settings[name])} {setting.alone[1]}" for name, setting in table.items()
             if settings[name] in setting.alone[0]]
 
 
 def idle(table, settings, given):
-    """What is `given` by a flag, is not the default, and changes nothing beside the other settings, as sentences."""
+    """Sentences on the flags in `given` that differ from the default but have no effect with the other settings."""
     found = []
     for name in given:
         if settings[name] == table[name].default:
@@ -206,7 +205,7 @@ def idle(table, settings, given):
 
 
 def lacking(table, settings, name):
-    """Why a setting changes nothing beside the others: "without --teacher CHECKPOINT", or None where it does."""
+    """Why a setting has no effect with the others, such as "without --teacher CHECKPOINT"; None if it has one."""
     for other, values in table[name].only:
         theirs = settings[other]
         if theirs not in values if values else theirs == table[other].default:
@@ -216,31 +215,31 @@ def lacking(table, settings, name):
                 None)
 
 
-# ---- a run that goes on
+# ---- resuming a run
 
 def differing(table, before, settings):
-    """{name: (value then, value now)} of the settings that are not those of a checkpoint; free ones are left out."""
+    """{name: (value then, value now)} of the settings that differ from a checkpoint's, without the free ones."""
     stored = {**defaults_of(table), **before}
     return {name: (stored[name], settings[name]) for name in table
             if name not in names_of(table, "free") and stored[name] != settings[name]}
 
 
 def in_words(changed):
-    """What `differing` gives, as "lr: 0.1 then, 0.2 now; ..."."""
+    """The result of `differing` as text: "lr: 0.1 then, 0.2 now; ..."."""
     return "; ".join(f"{name}: {old} then, {new} now" for name, (old, new) in changed.items())
 
 
 def to_resume(table, state, lines, given):
-    """The settings stored in a checkpoint, with what may differ taken from the flags; defaults for what it lacks.
+    """The settings of a resumed run: those stored in its checkpoint, changed by the flags; defaults for missing ones.
 
-    Raises ValueError that lists what must not differ, unless --force is given.
+    Raises ValueError that lists changes which need --force, unless it is given, and for a change of a fixed setting.
     """
     free, before = names_of(table, "free"), defaults_of(table)
     stored = {**before, **state["settings"]}
     held = {**{name: before[name] for name in lines}, **stored["lines"]}
     changed = {name: (stored.get(name), value) for name, value in given.items()
                if name not in free and stored.get(name) != value}
-    # a flag or a recipe had the word where a run has another value than the lines it began with
+    # where a run's value differs from its technique lines, a flag or a recipe had set it: lines do not change it
     changed |= {name: (held.get(name), value) for name, value in lines.items()
                 if name not in given and stored.get(name) == held.get(name) != value}
     fixed = [name for name in names_of(table, "fixed") if name in changed]

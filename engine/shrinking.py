@@ -1,17 +1,17 @@
-"""Channels leave a network physically: smaller tensors, less work, the same outputs.
+"""Remove channels from a network physically: smaller tensors, less computation, the same outputs.
 
-    shrink_layer(layer, keep_indexes_output=keep)           # layers, one by one, in any loop
+    shrink_layer(layer, keep_indexes_output=keep)           # single layers, in any loop
     shrink_layer(next_layer, keep_indexes_input=keep)
 
     for space in model.channels():                          # or a network of this project
         keep = balanced(weak, scores, *partitions(model, space))
         remove(model, space, keep, average, optimizer, masks)
 
-The names and arguments of the first are those of the LIMutils report. A network
-says with `channels()` which layers make, normalise and read the same channels.
-At the end of a residual branch a selective addition takes the place of the sum,
-so that the shortcut keeps its width. In grouped layers each group keeps as many
-channels, each its own.
+`shrink_layer` and its arguments are named as in the LIMutils report. The method
+`channels()` of a network says which layers make, normalise and read the same channels.
+At the end of a residual branch a selective addition replaces the sum, so that the
+shortcut keeps its width. In grouped layers every group keeps the same number of channels,
+not necessarily the same ones.
 """
 import math
 
@@ -20,24 +20,24 @@ from torch import nn
 
 
 def shrink_vector(vector, keep_indexes, unfold_factor=1):
-    """The entries of a bias or of batch norm that stay, (N,) -> (len(keep_indexes) * unfold_factor,).
+    """The kept entries of a bias or a batch norm parameter, (N,) -> (len(keep_indexes) * unfold_factor,).
 
-    unfold_factor: H W where channels were flattened before the layer, so that
-    channel k is the entries k u ... k u + u - 1.
+    unfold_factor: u = H W if channels were flattened before the layer, so that
+    channel k has the entries k u ... k u + u - 1.
     """
     return vector[unfold(keep_indexes, unfold_factor).to(vector.device)]
 
 
 def unfold(keep_indexes, factor):
-    """Channel k -> k u ... k u + u - 1, as one LongTensor."""
+    """Indices of flattened channels: channel k -> k u ... k u + u - 1 with u = factor, as one LongTensor."""
     return (keep_indexes[:, None] * factor + torch.arange(factor, device=keep_indexes.device)).flatten()
 
 
 def shrink_tensor(tensor, keep_indexes_input=None, keep_indexes_output=None, unfold_factor=1, groups=1):
-    """A weight tensor, (outputs, inputs / groups, ...), without the other inputs and outputs.
+    """A weight tensor, (outputs, inputs / groups, ...), with only the given inputs and outputs.
 
-    Indexes are of whole layers. With `groups`, as many channels must stay in each
-    group, each with its own indices; ValueError where they do not.
+    Indexes count the channels of the whole layer. With `groups`, every group must keep the
+    same number of channels, not necessarily the same ones; otherwise ValueError.
     """
     outputs = len(tensor)
     if keep_indexes_input is not None:
@@ -52,7 +52,7 @@ def shrink_tensor(tensor, keep_indexes_input=None, keep_indexes_output=None, unf
 
 
 def split_by_group(keep, groups, size, what):
-    """(groups, n) indices within each group of `size` channels; ValueError unless each keeps equally many."""
+    """(groups, n) indices within each group of `size` channels; ValueError unless all groups keep equally many."""
     counts = torch.bincount(keep // size, minlength=groups)
     if len(counts) != groups or counts.min() != counts.max() or counts.min() < 1:
         raise ValueError(f"{what} of {groups} groups: {counts.tolist()} would stay; each group must keep as many, "
@@ -66,10 +66,10 @@ def split_by_group(keep, groups, size, what):
 def shrink_layer(layer, keep_indexes_input=None, keep_indexes_output=None, unfold_factor=1):
     """Remove all but the given inputs and outputs of a linear layer, convolution or batch norm, in place.
 
-    Batch norm and depthwise convolutions, whose inputs are their outputs, take
-    either. The parameters stay the same objects, so that an optimizer still holds
-    them; `shrink_slots`, called before, cuts what it remembers of them. Returns
-    the layer. ValueError where groups would keep different numbers.
+    Batch norm and depthwise convolutions, whose inputs and outputs are the same channels,
+    accept either. The parameters stay the same objects, so that an optimizer still holds
+    them; call `shrink_slots` before to cut its state, too. Returns the layer. ValueError if
+    groups would keep different numbers of channels.
     """
     indexes = keep_indexes_input, keep_indexes_output, unfold_factor
     for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
@@ -81,7 +81,7 @@ def shrink_layer(layer, keep_indexes_input=None, keep_indexes_output=None, unfol
 
 
 def cut(tensor, layer, name, keep_indexes_input, keep_indexes_output, unfold_factor=1):
-    """What stays of `tensor`, which belongs to the parameter or buffer `name` of the layer: itself, a slot, a mask."""
+    """The kept part of `tensor`, the layer's parameter or buffer `name`, or its optimizer slot or mask."""
     if is_norm(layer) or is_depthwise(layer):
         keep = keep_indexes_output if keep_indexes_output is not None else keep_indexes_input
         return shrink_vector(tensor, keep, unfold_factor if is_norm(layer) else 1)
@@ -92,7 +92,7 @@ def cut(tensor, layer, name, keep_indexes_input, keep_indexes_output, unfold_fac
 
 
 def is_norm(layer):
-    """Whether a layer is a batch norm, with parameters of its own or without."""
+    """Whether a layer is a batch norm, with or without affine parameters."""
     return layer.weight is None or layer.weight.dim() == 1
 
 
@@ -102,7 +102,7 @@ def is_depthwise(layer):
 
 
 def set_widths(layer, kept):
-    """The attributes that name widths, after the tensors were cut; kept: how many outputs or inputs it keeps."""
+    """Update a layer's width attributes after its tensors were cut; kept: its number of outputs or inputs now."""
     if is_norm(layer):
         layer.num_features = kept
     elif isinstance(layer, nn.Linear):
@@ -114,7 +114,7 @@ def set_widths(layer, kept):
 
 
 def shrink_slots(optimizer, layer, keep_indexes_input=None, keep_indexes_output=None, unfold_factor=1):
-    """Cut an optimizer's slots (momentum and the like) as `shrink_layer` will cut the layer; called before it."""
+    """Cut an optimizer's slots (momentum and the like) for a layer; call it before `shrink_layer` cuts the layer."""
     for name, parameter in layer.named_parameters(recurse=False):
         slots = optimizer.state.get(parameter, {})
         for slot, tensor in slots.items():
@@ -125,12 +125,12 @@ def shrink_slots(optimizer, layer, keep_indexes_input=None, keep_indexes_output=
 # ---- a whole network that names its channel spaces
 
 def remove(model, space, keep, average=None, optimizer=None, masks=None):
-    """Remove all but the channels `keep` of one space of `model.channels()`, physically and exactly.
+    """Remove all but the channels `keep` of one space of `model.channels()`, physically.
 
-    keep: rising LongTensor of channels as their maker numbers them; where groups
-    share them, `balanced` gives one that fits. The weight average, the optimizer's
-    slots and the masks of pruned weights shrink with it. Evaluated, the network
-    gives what it gave with those channels at zero behind their batch norm.
+    keep: ascending LongTensor of channel indices of the maker; for grouped layers use
+    `balanced`. The weight average, the optimizer's slots and the pruning masks are cut, too.
+    In evaluation mode the network then gives exactly the outputs that it gives with the
+    removed channels set to zero after their batch norm.
     """
     if space["branch"] is None and len(space["makers"]) > 1:
         refuse_selective(model, space)
@@ -155,7 +155,7 @@ def remove(model, space, keep, average=None, optimizer=None, masks=None):
 
 
 def rearrange(model, space, keep, order):
-    """Note in the block what the removal means for its shuffle and for its sum."""
+    """Store the channels left in the residual block: `order` for its shuffle, `positions` for its sum."""
     device = next(model.parameters()).device
     if space["shuffled"]:
         model.get_submodule(space["shuffled"]).order = order.to(device)
@@ -166,7 +166,7 @@ def rearrange(model, space, keep, order):
 
 
 def order_of(block, channels):
-    """The (C,) channels, as the first convolution numbers them, in the order in which the second reads them."""
+    """(C,) indices of the first convolution's output channels, in the order in which the second one reads them."""
     if block.order is not None:
         return block.order.cpu()
     numbers = torch.arange(channels, dtype=torch.float32).view(1, -1, 1, 1)
@@ -174,7 +174,7 @@ def order_of(block, channels):
 
 
 def refuse_selective(model, space):
-    """ValueError where a residual stream would shrink below branches that are added selectively."""
+    """ValueError if a residual stream to shrink has a branch that is already added selectively."""
     for name, block in model.named_modules():
         if getattr(block, "positions", None) is not None and any(maker.startswith(f"{name}.")
                                                                  for maker in space["makers"]):
@@ -184,7 +184,7 @@ def refuse_selective(model, space):
 def partitions(model, space):
     """(rows, columns): for each channel of a space its group where it is made and where it is read, both (C,).
 
-    ValueError where one side has other groups than the other, as channels cannot leave both evenly.
+    ValueError if both sides are grouped, but differently: channels could not be removed evenly from both.
     """
     layers = {kind: [model.get_submodule(name) for name in space[kind]] for kind in ("makers", "readers")}
     count = len(layers["makers"][0].weight)
@@ -203,13 +203,13 @@ def partitions(model, space):
 
 
 def balanced(weak, scores, rows, columns, round_to=1):
-    """The channels that stay: all but as many of the `weak` ones as can leave with equal numbers in each group.
+    """The channels to keep: all but as many of the `weak` ones as can be removed evenly from all groups.
 
-    weak: (C,) bool; scores: (C,), the weakest leave first; rows, columns: (C,)
-    the group of each where it is made and where it is read (`partitions`). A
-    removal takes one channel of every row and column, the cheapest such choice;
-    at least one stays in each, and as many that the width is a multiple of
-    `round_to`, or of the groups where that is more. Returns a rising LongTensor.
+    weak: (C,) bool; scores: (C,), lowest removed first; rows, columns: (C,), the group of
+    each channel where it is made and where it is read (`partitions`). Each removal takes one
+    channel of every row and column, the choice with the lowest sum of scores; at least one
+    channel stays in each group, and the new width is a multiple of the groups and of
+    `round_to`. Returns an ascending LongTensor.
     """
     from scipy.optimize import linear_sum_assignment
     groups = int(rows.max()) + 1
@@ -236,30 +236,30 @@ def balanced(weak, scores, rows, columns, round_to=1):
 
 
 def reducible(model):
-    """The channel spaces that can be reduced one by one: within blocks and at the end of branches, no streams."""
+    """The channel spaces that can be reduced one by one: within blocks and at the ends of branches, no streams."""
     return [space for space in model.channels() if len(space["makers"]) == 1 and (space["readers"] or space["branch"])
             and not space["name"].startswith("stream")]
 
 
 def trained_spaces(model):
-    """`reducible` without the filters that do not train, whose length says nothing: a whitening stem's."""
+    """`reducible` without spaces whose filters are not trained (a whitening stem), as their norms mean nothing."""
     return [space for space in reducible(model) if model.get_submodule(space["makers"][0]).weight.requires_grad]
 
 
 def fixed_scale(model, spaces):
-    """The name of the first batch norm of `spaces` whose scale does not train; None where all do."""
+    """The name of the first batch norm in `spaces` whose scale is not trained; None if all are."""
     return next((norm for space in spaces for norm in space["norms"]
                  if not model.get_submodule(norm).weight.requires_grad), None)
 
 
 def made_weights(model, space):
-    """[(channels, weights)]: the weights that make each channel of a space, one a row."""
+    """[(channels, weights)]: the weights that make each channel of a space, one row per channel."""
     weight = model.get_submodule(space["makers"][0]).weight
     return [(torch.arange(len(weight)), weight)]
 
 
 def magnitudes(parts):
-    """(C,) sums of the magnitudes in parts, each (channels, weights with one channel a row), on the CPU."""
+    """(C,) sums of weight magnitudes per channel, on the CPU; parts: [(channels, weights, one row per channel)]."""
     sums = torch.zeros(sum(len(channels) for channels, _ in parts))
     for channels, weights in parts:
         sums[channels] = weights.detach().flatten(1).abs().sum(1).float().cpu()
@@ -267,9 +267,9 @@ def magnitudes(parts):
 
 
 def read_weights(model, space, reader):
-    """[(channels, weights)]: views of the weights by which the layer `reader` reads each channel, one a row.
+    """[(channels, weights)]: views of the weights with which the layer `reader` reads each channel, one row each.
 
-    An entry for each of its groups.
+    The list has one entry for each of the layer's groups.
     """
     layer = model.get_submodule(reader)
     channels = torch.arange(len(model.get_submodule(space["makers"][0]).weight))
@@ -281,17 +281,17 @@ def read_weights(model, space, reader):
     return list(zip(channels.chunk(groups), views, strict=True))
 
 
-# ---- channels that pruning has cut off
+# ---- dead channels
 
 def remove_dead(model):
-    """Remove every channel that changes no output, physically; returns how many there were.
+    """Remove dead channels, which change no output, physically; returns how many were removed.
 
-    Such is a channel that no weight reads, or one whose filter is zero and whose
-    norm and activation then give zero. Where groups share channels, as many leave as
-    leave each group the same number. `model` is in evaluation mode.
+    A channel is dead if all weights that read it are zero, or if its filter is zero and batch
+    norm and activation turn that into zero. In grouped layers only as many are removed as
+    leave every group the same number. `model` must be in evaluation mode.
     """
     removed, before = 0, None
-    while removed != before:              # what left may have been the last to read another
+    while removed != before:              # a removed channel may have been the last to read another one
         before = removed
         for space in reducible(model):
             if space["branch"]:
@@ -306,7 +306,7 @@ def remove_dead(model):
 
 @torch.no_grad()
 def dead(model, space):
-    """Which channels of a space within a branch or a row of layers change no output, (C,) bool."""
+    """Which channels of a space within a branch or a chain of layers are dead (change no output), (C,) bool."""
     maker = model.get_submodule(space["makers"][0])
     unread = torch.ones(len(maker.weight), dtype=torch.bool, device=maker.weight.device)
     for name in space["readers"]:
@@ -322,6 +322,6 @@ def dead(model, space):
 
 
 def all_relu(model):
-    """Whether a negative number is zero behind every activation of a network."""
+    """Whether all activations of a network turn negative numbers into zero, as ReLU does."""
     others = (nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Sigmoid)
     return not any(isinstance(module, others) for module in model.modules())

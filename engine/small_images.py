@@ -1,11 +1,11 @@
-"""Dense convolutions of small images, whose filters' gradient is a sum of matrix products where that is faster.
+"""Dense convolutions of small images, whose filter gradient is computed by matrix products where that is faster.
 
     use_products(model)
 
-oneDNN's gradient of filters goes through an image row by row. On CPUs with AMX, whose
+oneDNN computes the filter gradient row by row of an image. On CPUs with AMX, whose
 products take 32 pixels at once, rows of 3 or 7 pixels leave most of each product empty:
-a 3x3 convolution of 512 channels at 3x3 pixels then takes six times as long as the nine
-products of matrices that it is, one for each place of the kernel.
+for a 3x3 convolution of 512 channels at 3x3 pixels it takes six times as long as nine
+matrix products, one for each kernel position, which give the same result.
 """
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,12 @@ from torch import nn
 
 from engine import compiling
 
-WIDEST = 7             # pixels of a row, beyond which oneDNN is as fast
-CHANNELS = 256         # of inputs and of outputs, below which the copies cost more than is saved
+WIDEST = 7             # image width above which oneDNN is as fast
+CHANNELS = 256         # input and output channels, below which the copies cost more than is saved
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution at stride 1, without bias or groups; the gradient of its filters comes from `filter_gradient`."""
+    """A convolution with stride 1, without bias or groups, whose filter gradient comes from `filter_gradient`."""
 
     @staticmethod
     def forward(context, images, weight, padding):
@@ -39,10 +39,10 @@ class _Convolution(torch.autograd.Function):
 
 
 def filter_gradient(images, gradient, kernel, padding):
-    """The gradient of a convolution's filters at stride 1, one matrix product for each place of the kernel.
+    """The filter gradient of a convolution with stride 1, by one matrix product for each kernel position.
 
     images: (N, I, H, W); gradient: (N, O, H', W') of the outputs; kernel, padding: (rows, columns) ->
-    (O, I, *kernel), of the images' type. Both are read fastest in channels_last.
+    (O, I, *kernel), of the images' type. Fastest if images and gradient are in channels_last.
     """
     (rows, columns), (outputs, height, width) = kernel, gradient.shape[1:]
     lying = F.pad(images.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
@@ -56,7 +56,7 @@ def filter_gradient(images, gradient, kernel, padding):
 
 
 class SmallImageConv2d(nn.Conv2d):
-    """A convolution that takes `filter_gradient` while it trains on small images in bfloat16, outside torch.compile."""
+    """A convolution that uses `filter_gradient` when it trains on small images in bfloat16, outside torch.compile."""
 
     def forward(self, images):
         small = images.shape[-1] <= WIDEST and not torch.compiler.is_compiling()
@@ -67,7 +67,7 @@ class SmallImageConv2d(nn.Conv2d):
 
 
 def use_products(model):
-    """Let the dense convolutions of `model` with many channels be `SmallImageConv2d` where the CPU has AMX.
+    """Make dense convolutions of `model` with many channels `SmallImageConv2d`, if the CPU has AMX.
 
     Outputs are the same, gradients agree to rounding.
     """
@@ -76,7 +76,7 @@ def use_products(model):
 
 
 def takes_products(layer):
-    """Whether the gradient of its filters is one of plain products: stride 1, no groups, bias or dilation, and wide."""
+    """Whether `filter_gradient` suits a layer: stride 1, no groups, bias or dilation, no 1x1 kernel, many channels."""
     return (layer.stride == layer.dilation == (1, 1) and layer.groups == 1 and layer.bias is None
             and layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and layer.kernel_size != (1, 1)
             and min(layer.in_channels, layer.out_channels) >= CHANNELS)

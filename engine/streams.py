@@ -1,8 +1,8 @@
-"""Standard output and error that may be closed or full: what is printed may be lost, the work is not.
+"""Protect the work of a script from a closed or full standard output or error: only what is printed is lost.
 
     with guarded() as (output, errors):
         ...                               # print as usual
-    output.problem                        # None, or the OSError that ended it
+    output.problem                        # None, or the error after which nothing was written
 """
 import os
 import subprocess
@@ -12,35 +12,35 @@ from contextlib import contextmanager, suppress
 
 
 class Stream:
-    """A text stream whose failures are kept and not raised; what is written after the first is dropped."""
+    """A text stream that stores its first failure instead of raising it, and drops everything written after that."""
 
     def __init__(self, stream):
         self.stream, self.problem = stream, None
 
     def write(self, text):
-        """Write what can be written; the number of characters, as files have it."""
+        """Write `text` if possible; returns the number of characters, as files do."""
         self.attempt(lambda: self.stream.write(text))
         return len(text)
 
     def flush(self):
-        """Flush what can be flushed."""
+        """Flush the stream if possible."""
         self.attempt(lambda: self.stream.flush())
 
     def attempt(self, action):
-        """Do something with the stream, unless it has failed before; keep the problem where it fails now."""
+        """Run an action on the stream, unless it has failed before; store the error if it fails now."""
         if self.stream is None or self.problem is not None:
             return
         try:
             action()
-        except (OSError, ValueError) as problem:        # ValueError: closed by somebody
+        except (OSError, ValueError) as problem:        # ValueError: the stream was closed
             self.problem = problem
-            with suppress(OSError, ValueError):         # what its buffer still holds goes nowhere, silently
+            with suppress(OSError, ValueError):         # discard what its buffer still holds
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.stream.fileno())
                 os.close(nowhere)
 
     def isatty(self):
-        """Whether a person watches."""
+        """Whether the stream is a working terminal."""
         return self.stream is not None and self.problem is None and self.stream.isatty()
 
     def __getattr__(self, name):
@@ -49,15 +49,15 @@ class Stream:
 
 @contextmanager
 def guarded():
-    """A block in which printing never fails: yields what stands for standard output and error, two `Stream`s."""
-    for number in range(3):             # a file that is opened must not get the number of a closed stream
+    """A block in which printing never fails: yields the two `Stream`s that replace standard output and error."""
+    for number in range(3):             # a newly opened file must not get the number of a closed stream
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
     for stream in before:
-        with suppress(AttributeError, OSError, ValueError):      # a name that the terminal cannot show is no error
+        with suppress(AttributeError, OSError, ValueError):      # a character that the terminal cannot show is no error
             stream.reconfigure(errors="backslashreplace")
     streams = Stream(sys.stdout), Stream(sys.stderr)
     sys.stdout, sys.stderr = streams
@@ -72,8 +72,8 @@ def guarded():
 def run_shown(command):
     """Run a command and show what it prints. Returns its exit code.
 
-    A terminal becomes the command's own. Anything else is written by this process, so that a full or closed
-    stream is a problem of this process and not of the command's work.
+    On a terminal the command prints directly. Otherwise this process relays its output, so that a full or closed
+    stream affects this process and not the command's work.
     """
     shown = {"stdout": sys.stdout, "stderr": sys.stderr}
     pipes = {name: None if stream is not None and stream.isatty() else subprocess.PIPE
@@ -94,6 +94,6 @@ def run_shown(command):
 
 
 def relay(source, target):
-    """Print each line of `source` on `target` as it comes, to the end."""
+    """Print each line of `source` to `target` as it arrives, until the end."""
     for line in source:
         print(line, end="", file=target, flush=True)

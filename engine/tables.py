@@ -1,13 +1,14 @@
-"""Tables in pages: what results/ holds, shown in README.md and docs/ between two marker lines.
+"""Insert tables from results/ into README.md and docs/, between two marker lines.
 
     <!-- table results/recipe/table.md -->
     <!-- end -->
 
-`fill` puts the file's content between them. A marker may name the columns to keep,
-`<!-- table results/recipe/table.md: arm, n, test %, exported file -->`, by their titles. Of
-two columns of one title, the one to the right of the column named before is meant
-("MACs, fewer"), else the first.
-`python report.py --pages` does this for all pages; study.py and report.py for what they wrote.
+`fill` puts the file's content between them. A marker may list the titles of the columns to
+keep: `<!-- table results/recipe/table.md: arm, n, test %, exported file -->`. If two columns
+have the same title, the one to the right of the column named before is taken ("MACs,
+fewer"), else the first.
+`python report.py --pages` does this for all pages; study.py and report.py do it after they
+have written results.
 """
 import re
 from pathlib import Path
@@ -20,10 +21,10 @@ MARKER = re.compile(r"^<!-- *table\b.*$", re.MULTILINE)
 
 
 def fill(page_text, root):
-    """A page with the tables that its markers name, read from below `root`.
+    """The page with the tables that its markers name filled in, read from below `root`.
 
-    ValueError for a marker that cannot be read, that has no end, or that names no column of its table;
-    FileNotFoundError for a table that is not there.
+    ValueError for a marker that cannot be read, has no end, or names an unknown column; FileNotFoundError for a
+    missing table.
     """
     filled, found = [], MARKER.findall(page_text)
 
@@ -43,7 +44,7 @@ def fill(page_text, root):
 
 
 def table_of(path, columns=None):
-    """The content of a file of Markdown, of its table the named columns alone where there are some."""
+    """The content of a Markdown file, with only the named columns of its table if `columns` is given."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no table at {path}")
     lines = path.read_text(encoding="utf-8").strip().splitlines()
@@ -60,14 +61,14 @@ def table_of(path, columns=None):
 
 
 def cells_of(line):
-    """The cells of a row, with their blanks; a bar behind a backslash divides none."""
+    """The cells of a row, including blanks; a bar after a backslash does not separate cells."""
     return re.split(r"(?<!\\)\|", line.strip().removeprefix("|").removesuffix("|"))
 
 
 def places_of(path, titles, columns):
-    """Where the columns are that a text names, with ", " between them; ValueError for one that is not there."""
+    """Indices of the columns in a text of titles separated by ", "; ValueError for an unknown title."""
     places, titles = [], [title.strip() for title in titles]
-    longest_first = sorted(set(titles), key=len, reverse=True)       # a title may hold ", " itself
+    longest_first = sorted(set(titles), key=len, reverse=True)       # a title may contain ", " itself
     while columns:
         name = next((title for title in longest_first if f"{columns}, ".startswith(f"{title}, ")), None)
         if name is None:
@@ -79,14 +80,14 @@ def places_of(path, titles, columns):
 
 
 def pages_of(root="."):
-    """README.md and docs/*.md below a folder, those that are there."""
+    """The existing pages among README.md and docs/*.md below a folder."""
     return [page for page in (Path(root) / "README.md", *sorted(Path(root).glob("docs/[!.]*.md"))) if page.is_file()]
 
 
 def write_pages(root="."):
-    """Fill the tables of all pages; one that is up to date is not written. Returns those that were.
+    """Fill the tables of all pages, write those that changed, and return them.
 
-    ValueError, once the others are written, that names each page which cannot be filled.
+    ValueError, after the others are written, that names each page which cannot be filled.
     """
     changed, problems = [], []
     for page in pages_of(root):
@@ -105,7 +106,7 @@ def write_pages(root="."):
 
 
 def update(out, root="."):
-    """Fill the pages where `out` is below results/, from which they are; what cannot be filled is a note."""
+    """Fill the pages if `out` is below results/, where their tables come from; failures are only a note."""
     if Path(out).resolve().is_relative_to((Path(root) / "results").resolve()):
         with files.noted():
             for page in write_pages(root):

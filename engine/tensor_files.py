@@ -1,4 +1,4 @@
-"""Networks as safetensors: weights that other programs read, the structure and its data set in the metadata.
+"""Networks as safetensors files: weights that other programs can read, structure and data set in the metadata.
 
     content = to_bytes(network, 1)       # network: architecture, widths, weights, and dataset and kind if known
     state = read("a.safetensors", content)
@@ -12,7 +12,7 @@ STRUCTURE = "architecture", "widths", "dataset", "kind"
 
 
 def to_bytes(network, version):
-    """The bytes of a safetensors file that holds a network; `read` turns them back."""
+    """The bytes of a safetensors file with a network; `read` is the inverse."""
     from safetensors.torch import save
     structure = json.dumps({name: network[name] for name in STRUCTURE if name in network})
     weights = {name: tensor.contiguous() for name, tensor in network["weights"].items()}
@@ -20,7 +20,7 @@ def to_bytes(network, version):
 
 
 def digest_of(structure, weights):
-    """The SHA-256 of a network, as text; safetensors has no checksum of its own."""
+    """The SHA-256 of a network as text; safetensors files have no checksum of their own."""
     digest = hashlib.sha256(structure.encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -29,9 +29,9 @@ def digest_of(structure, weights):
 
 
 def read(path, content):
-    """The dictionary in the bytes of a safetensors file; ValueError where it is damaged or another's.
+    """The dictionary in the bytes of a safetensors file; ValueError if it is damaged or not of this project.
 
-    path: what the error names.
+    path: named in the error.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load

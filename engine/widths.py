@@ -1,14 +1,14 @@
-"""The width of every layer: read from a network, and given to one that was built with others.
+"""The widths of all layers: read them from a network, and resize another network to them.
 
     widths = widths_of(model)            # {"conv1": [3, 64], "bn1": [64], ...}
-    resize(other, widths, weights)       # and `other` can take the weights of `model`
+    resize(other, widths, weights)       # then `other` can load the weights of `model`
 """
 import torch
 from torch import nn
 
 
 def widths_of(model):
-    """{layer: [inputs, outputs]} of every convolution and linear layer, {layer: [channels]} of every batch norm."""
+    """{layer: [inputs, outputs]} for convolutions and linear layers, {layer: [channels]} for batch norms."""
     widths = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -21,11 +21,11 @@ def widths_of(model):
 
 
 def resize(model, widths, weights):
-    """Give every layer the width that a file has, and remove those that it lacks.
+    """Give every layer its width in a file, and remove layers that the file does not list.
 
-    The weights of a changed layer are then undefined. weights: the file's tensors;
-    their shapes tell the groups of a convolution, and a buffer that is None in
-    `model` and a tensor in the file is made.
+    The weights of a resized layer are undefined afterwards. weights: the file's tensors; their
+    shapes give the groups of a convolution. A buffer that is None in `model` and a tensor in
+    the file is created.
     """
     for name, width in widths_of(model).items() if widths else ():
         if name not in widths:
@@ -42,7 +42,7 @@ def resize(model, widths, weights):
 
 
 def layer_like(layer, width, weight=None):
-    """A fresh layer like `layer` but for its width; the shape of `weight` gives a convolution's groups."""
+    """A new layer like `layer` except for its width; the shape of `weight`, if given, sets a convolution's groups."""
     if isinstance(layer, nn.Conv2d):
         groups = layer.groups if weight is None else width[0] // max(1, weight.shape[1])
         fresh = nn.Conv2d(*width, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups,
@@ -54,4 +54,4 @@ def layer_like(layer, width, weight=None):
     fresh = fresh.to(layer.weight.device, layer.weight.dtype).train(layer.training)
     for own, given in zip(fresh.parameters(), layer.parameters(), strict=False):
         own.requires_grad_(given.requires_grad)
-    return layer.like(fresh) if hasattr(layer, "like") else fresh      # of few bits: quantization.QuantizedConv2d
+    return layer.like(fresh) if hasattr(layer, "like") else fresh      # quantized layers: QuantizedConv2d.like

@@ -4,14 +4,14 @@
     model = build("resnet56", shortcut="A")      # 853,018 parameters, 125,485,696 MACs at 32x32
     model = build("lenet5", in_channels=1, size=28, activation="tanh", pooling="average")
 
-`NETWORKS` names them; any wrn-d-k of 6 n + 4 layers is built too, any ResNet of
-6 n + 2 layers with the widths of its stages, as resnet20-12-28-64, and the networks of
-vgg.py. `arguments_of` says which arguments a network has; another one is refused, not
-ignored.
+`NETWORKS` names them; `build` also takes any wrn-d-k of 6 n + 4 layers, any ResNet of
+6 n + 2 layers with the widths of its stages, such as resnet20-12-28-64, and the networks
+of vgg.py. `arguments_of` says which arguments a network has; any other one is refused,
+not ignored.
 
 Every network has `channels()`: which layers make, normalise and read each set of
-channels that can be removed together (`resnet_factorized.space`). Layers that were
-sliced run as they are, since widths are read from the layers.
+channels that can be removed together (`resnet_factorized.space`). Networks with
+removed channels run without changes, since widths are read from the layers.
 """
 import re
 
@@ -26,7 +26,7 @@ PLAIN = {      # filters, hidden linear layers, padding: None pads the images to
     "cifar-quick": ((32, 32, 64), (64,), (2, 2, 2)),
 }
 RESIDUAL = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
-NETWORKS = {   # the arguments beside num_classes and in_channels
+NETWORKS = {   # the arguments besides num_classes and in_channels
     "lenet5": ("size", "activation", "pooling"), "lenet5-student": ("size", "activation", "pooling"),
     "cifar-quick": ("activation", "pooling"), "mobilenet": ("activation",),
     **dict.fromkeys(RESIDUAL, ("activation", "shortcut")),
@@ -38,7 +38,7 @@ CHOICES = {    # the default first
 
 
 def wide(name):
-    """(depth, k) of a name like wrn-16-4, or None where it is none of 6 n + 4 layers."""
+    """(depth, k) of a name like wrn-16-4; None for any other name, or without 6 n + 4 layers."""
     match = re.fullmatch(r"wrn-([1-9][0-9]{0,2})-([1-9][0-9]?)", name)
     depth, factor = map(int, match.groups()) if match else (0, 0)
     return (depth, factor) if depth >= 10 and depth % 6 == 4 else None
@@ -47,7 +47,7 @@ def wide(name):
 def residual(name):
     """(depth, widths of the stages) of resnet20 to 110, or of a name like resnet20-12-28-64; None for others.
 
-    Such names have 6 n + 2 layers, and widths that do not fall.
+    Such names have 6 n + 2 layers, and widths that do not decrease.
     """
     match = re.fullmatch(r"resnet([1-9][0-9]{0,2})((?:-[1-9][0-9]{0,3}){3})", name)
     if not match:
@@ -57,7 +57,7 @@ def residual(name):
 
 
 def arguments_of(name):
-    """The arguments of `build` that a network has beside num_classes and in_channels; ValueError for unknown names."""
+    """The arguments of `build` that a network has besides num_classes and in_channels; ValueError if unknown."""
     if name not in NETWORKS and not wide(name) and not residual(name) and not vgg.family(name):
         raise ValueError(f"no network is called {name!r}; choose from {', '.join(NETWORKS)}, "
                          "wrn-d-k with d = 10, 16, 22, ... layers, k times as wide, resnetd-a-b-c with d = 8, 14, "
@@ -69,7 +69,7 @@ def arguments_of(name):
 def build(name, num_classes=10, in_channels=3, size=32, activation="relu", pooling="max", shortcut="B"):
     """The network called `name`, freshly initialised from torch's global generator.
 
-    size: pixels a side, 28 or 32, for the LeNets; Cifar-quick takes 32, all others
+    size: image side in pixels, 28 or 32, for the LeNets; Cifar-quick takes 32, all others
     any size. shortcut: of ResNets, see `basic_shortcut`. Raises ValueError
     with the choices for an unknown name or argument, and for an argument other than
     the default that the network does not have.

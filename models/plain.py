@@ -1,4 +1,4 @@
-"""Networks whose layers stand in a row: LeNet-5, Cifar-quick, MobileNetV1."""
+"""Networks of consecutive layers: LeNet-5, Cifar-quick, MobileNetV1."""
 from torch import nn
 
 from models.activations import ACTIVATIONS, POOLINGS
@@ -8,11 +8,11 @@ from resnet_factorized import convolution, initialise, space
 class Plain(nn.Module):
     """5x5 convolutions, each with activation and 2x2 pooling of stride 2, then linear layers; biases, no batch norm.
 
-    LeNet-5 (LeCun et al. 1998) as it is built now, without its RBF outputs, or
+    LeNet-5 (LeCun et al. 1998) as it is built today, without its RBF outputs, or
     Caffe's Cifar-quick, with this pooling and an activation after linear1.
     images: (N, in_channels, size, size) float, normalised -> logits: (N, num_classes).
     filters: of conv1, conv2, ...; hidden: widths of the linear layers before the
-    classifier; padding: of each convolution, None for what makes images 32x32.
+    classifier; padding: of each convolution, None pads images to 32x32.
     """
 
     def __init__(self, filters, hidden, padding, activation, pooling, num_classes, in_channels, size=32):
@@ -39,7 +39,7 @@ class Plain(nn.Module):
         return getattr(self, self.linears[-1])(hidden)
 
     def channels(self):
-        """One `space` a layer, the classifier's excepted; the last convolution's is read flattened."""
+        """One `space` per layer except the classifier; the last convolution's channels are read flattened."""
         names = self.convolutions + self.linears
         spaces = [space(maker, [maker], readers=[reader]) for maker, reader in zip(names, names[1:], strict=False)]
         flattened = spaces[len(self.convolutions) - 1]

@@ -7,7 +7,7 @@ from resnet_factorized import add, convolution, initialise, space
 
 
 class Pad(nn.Module):
-    """Shortcut A: every stride-th pixel, and `extra` channels of zeros after those that are there."""
+    """Shortcut A: every stride-th pixel, and `extra` channels of zeros appended."""
 
     def __init__(self, stride, extra):
         super().__init__()
@@ -18,7 +18,7 @@ class Pad(nn.Module):
 
 
 def basic_shortcut(inputs, outputs, stride, option):
-    """Nothing where the shape stays, else `Pad` (option A), or a 1x1 convolution and batch norm (option B)."""
+    """Identity if the shape does not change, else `Pad` (option A), or a 1x1 convolution and batch norm (option B)."""
     if stride == 1 and inputs == outputs:
         return nn.Sequential()
     if option == "A":
@@ -29,10 +29,10 @@ def basic_shortcut(inputs, outputs, stride, option):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, added to the shortcut, then the activation (He et al. 2015).
 
-    positions: None, or where in the shortcut the branch's channels are added; see `add`.
+    positions: the shortcut's channels that the branch is added to, None for all; see `add`.
     """
 
-    # channels(): what reads the incoming stream, what makes another, and the norms of each; names within the block
+    # for channels(), by name in the block: what reads the incoming stream, what starts a new one, and their norms
     reads, read_norms, makes, make_norms = ("conv1", "shortcut.0"), (), ("shortcut.0",), ("shortcut.1",)
     inner_norms, branch_norms = ("bn1",), ("bn2",)
 
@@ -45,7 +45,7 @@ class BasicBlock(nn.Module):
         self.register_buffer("positions", None)
 
     def remove_branch(self):
-        """Leave the shortcut and the activation alone."""
+        """Remove the branch, so that only the shortcut and the activation are left."""
         self.conv1 = self.bn1 = self.conv2 = self.bn2 = self.positions = None
 
     def forward(self, images):
@@ -60,7 +60,7 @@ class WideBlock(nn.Module):
     """Batch norm and activation before each of two 3x3 convolutions; nothing after the sum (arXiv:1605.07146).
 
     Where the shape changes, the shortcut is a 1x1 convolution of the first activation.
-    positions: None, or where in the shortcut the branch's channels are added; see `add`.
+    positions: the shortcut's channels that the branch is added to, None for all; see `add`.
     """
 
     reads, read_norms, makes, make_norms = ("conv1", "shortcut"), ("bn1",), ("shortcut",), ()
@@ -75,7 +75,7 @@ class WideBlock(nn.Module):
         self.register_buffer("positions", None)
 
     def remove_branch(self):
-        """Leave the shortcut alone; bn1 stays where the shortcut is a convolution, which reads it."""
+        """Remove the branch, so that only the shortcut is left, with bn1 if it is a convolution, which reads it."""
         self.conv1 = self.bn2 = self.conv2 = self.positions = None
         if self.shortcut is None:
             self.bn1 = None
@@ -113,7 +113,7 @@ class ResNet(nn.Module):
         return self.linear(hidden.mean((2, 3)))
 
     def channels(self):
-        """Two `space`s a block, inner and branch; with shortcut B one for each stage's stream too."""
+        """Two `space`s per block, inner and branch; with shortcut B one for each stage's stream too."""
         return residual_channels(self, ["bn1"], [], self.tied)
 
 
@@ -137,12 +137,12 @@ class WideResNet(nn.Module):
         return self.linear(self.activation(self.bn(hidden)).mean((2, 3)))
 
     def channels(self):
-        """Two `space`s a block, inner and branch, one for each stage's stream, and one for the stem where k > 1."""
+        """Two `space`s per block, inner and branch, one for each stage's stream, and one for the stem where k > 1."""
         return residual_channels(self, [], ["bn"], True)
 
 
 def stages(block, widths, depth, **arguments):
-    """Three stages of `depth` blocks; widths: the stem's and the stages'. The second and third halve the sides."""
+    """Three stages of `depth` blocks; widths: the stem's and the stages'. The second and third halve the image side."""
     def stage(inputs, width, stride):
         return nn.Sequential(block(inputs, width, stride, **arguments),
                              *[block(width, width, 1, **arguments) for _ in range(depth - 1)])
@@ -152,9 +152,9 @@ def stages(block, widths, depth, **arguments):
 def residual_channels(model, stem_norms, head_norms, tied):
     """The `space`s of a residual network: inner and branch of each block, then the streams where they are `tied`.
 
-    A stream is what is handed from sum to sum: its makers are the stem or the
-    shortcut's convolution and every conv2 up to the next such shortcut. Those of a
-    block with `positions` make just these channels of it. Removed branches are left out.
+    A stream is what the blocks' sums pass on: its makers are the stem or the
+    shortcut's convolution and every conv2 up to the next such shortcut. In a block
+    with `positions`, conv2 makes only these channels. Removed branches are left out.
     """
     names, spaces = {name for name, _ in model.named_modules()}, []
     streams = [space("stream1", ["conv1"], norms=stem_norms)]

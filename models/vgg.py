@@ -1,11 +1,11 @@
-"""A dense network made for accuracy per operation: a VGG that pools early, behind a whitening stem.
+"""A dense network for high accuracy per operation: a VGG that pools early, after a whitening stem.
 
     model = build("vgg6-64-256-256", activation="gelu")       # 1.97 M parameters, 118 M MACs at 32x32
     model = build("vgg9-128-512-512", activation="gelu")      # three convolutions a stage, two of them with a shortcut
 
 After airbench (Jordan 2024, arXiv:2404.00498). Each of three stages is convolution, 2x2
-max-pooling, batch norm, activation, then one or two more convolutions on what is left of
-the image, so that nothing but the first convolution works at 32x32. The stem is a 2x2
+max-pooling, batch norm, activation, then one or two more convolutions on the
+smaller image, so that only the first convolution works at 32x32. The stem is a 2x2
 convolution whose filters are the principal components of the training images' patches,
 scaled to unit variance, and their negatives; they are set once and never trained.
 """
@@ -18,7 +18,7 @@ from torch import nn
 from engine.doubles import in_double
 from resnet_factorized import convolution, space
 
-LOGITS = 1 / 16      # what the classifier's inputs are multiplied by, so that it may start small and move fast
+LOGITS = 1 / 16      # factor on the classifier's inputs, so that its outputs start small and it learns fast
 SMALLEST_VARIANCE = 5e-4
 
 
@@ -29,7 +29,7 @@ def family(name):
 
 
 class Stage(nn.Module):
-    """Convolution, pooling, norm, activation, then `depth` - 1 more convolutions; of two more, a shortcut goes around.
+    """Convolution, pooling, norm, activation, then `depth` - 1 more convolutions, two of them with a shortcut.
 
     images: (N, inputs, H, W) -> (N, width, H // 2, W // 2).
     """
@@ -69,7 +69,7 @@ class PoolingVGG(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Filters that begin by handing their inputs on (dirac), a classifier that begins near zero."""
+        """Initialise the filters to pass their inputs on (dirac), and the classifier close to zero."""
         self.conv1.bias.zero_()
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module is not self.conv1:

@@ -1,7 +1,7 @@
-"""A study's JSON file, read and checked whole: what would fail or mislead later is refused before any training.
+"""Read and check a study's JSON file: whatever would fail or mislead later is refused before any training.
 
-`read_study` gives the study; `settings_of` what an arm trains with; `check_runs` compares
-that with the runs that are there, `check_out` the table's folder with the study it is of.
+`read_study` returns the study; `settings_of` the settings of an arm; `check_runs` compares
+these with the existing runs; `check_out` checks that the table's folder belongs to this study.
 """
 import itertools
 import json
@@ -18,11 +18,11 @@ import train_pruning
 from engine import checkpoint, commandline, files, run_files
 from engine.settings import defaults_of, names_of
 
-PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors and their run give arms
+PARTS = {"flags": str, "seeds": list, "arms": list}      # of every study; factors with a run make the arms
 KNOWN = {"a study": {*PARTS, "title", "factors", "run"},
          "an arm": {"group", "name", "run", "keep", "against"}}
 SCRIPTS = {"train.py": train, "train_pruning.py": train_pruning}
-OWN = {"seed", "out", "data", "resume", "force", "dry_run"}          # what the study itself says of a run
+OWN = {"seed", "out", "data", "resume", "force", "dry_run"}          # set by the study itself
 NOT_COMPARED = {*names_of(train.SETTINGS, "free"), "lines", "script"}
 WRITTEN = {"runs.csv", "table.csv", "table.md", "accuracy.png", "influence.csv", "influence.png", "study.json"}
 
@@ -30,7 +30,7 @@ WRITTEN = {"runs.csv", "table.csv", "table.md", "accuracy.png", "influence.csv",
 # ---- the file
 
 def read_study(path):
-    """The study in a JSON file; ValueError where a part is absent or of another form, or an arm's flags are refused."""
+    """The study in a JSON file; ValueError if a part is missing or malformed, or an arm's flags are refused."""
     try:
         study = files.parse_json(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as problem:
@@ -48,7 +48,7 @@ def read_study(path):
     check_seeds(study["seeds"], f"{path}: 'seeds'")
     for place, arm in enumerate(study["arms"]):
         check_arm(path, place, arm)
-        if "factors" not in study:        # they make arms that know their factors
+        if "factors" not in study:        # arms made from factors hold their factors, too
             check_known(path, "an arm", arm)
     check_names(path, study["arms"])
     for arm in study["arms"]:
@@ -57,7 +57,7 @@ def read_study(path):
 
 
 def check_known(path, kind, held):
-    """ValueError for a part that no study or arm has: what is misspelt would be left out without a word."""
+    """ValueError for an unknown part of a study or arm: a misspelt name would otherwise be ignored silently."""
     unknown = [name for name in held if name not in KNOWN[kind]]
     if unknown:
         raise ValueError(f"{path}: {unknown[0][:40]!a} is no part of {kind}; there are "
@@ -65,7 +65,7 @@ def check_known(path, kind, held):
 
 
 def check_seeds(seeds, where):
-    """ValueError unless seeds are whole numbers from 0, each once."""
+    """ValueError unless all seeds are distinct whole numbers of at least 0."""
     for place, seed in enumerate(seeds):
         if type(seed) is not int or not 0 <= seed < 2**63:
             raise ValueError(f"{where} holds {str(seed)[:40]!r}; a seed is a whole number from 0")
@@ -74,11 +74,11 @@ def check_seeds(seeds, where):
 
 
 def check_arm(path, place, arm):
-    """ValueError unless an arm has its parts."""
+    """ValueError unless an arm has all its parts, in the right form."""
     if not isinstance(arm, dict) or not all(isinstance(arm.get(part), str) for part in ("group", "name", "run")):
         raise ValueError(f"{path}: arm {place} must have a group, a name and a run, all text")
     for part in ("group", "name"):
-        if not arm[part].isprintable():           # a table has one line an arm, and is UTF-8
+        if not arm[part].isprintable():           # a table has one line per arm, and is UTF-8
             raise ValueError(f"{path}: arm {place} has the {part} {arm[part][:40]!a}; it must be one line of text")
     if not any(letter.isalnum() for letter in arm["name"]):
         raise ValueError(f"{path}: arm {place} is called {arm['name']!r}; a name needs a letter or a digit")
@@ -93,13 +93,13 @@ def check_arm(path, place, arm):
 
 
 def check_names(path, arms):
-    """ValueError where two arms share a name, a folder or a kept file, or one is against no arm. Sets `against`."""
+    """ValueError if two arms share a name, a folder or a kept file, or `against` names no arm. Sets `against`."""
     names, folders, kept = [arm["name"] for arm in arms], {}, {}
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"{path}: two arms are called {twice[0]!r}")
     for arm in arms:
-        # not every file system tells capitals from small letters
+        # some file systems do not distinguish upper and lower case
         other = folders.setdefault(str(folder_of("", arm, 0)).casefold(), arm["name"])
         if other != arm["name"]:
             raise ValueError(f"{path}: arms {other!r} and {arm['name']!r} would share a folder, since only letters and "
@@ -113,7 +113,7 @@ def check_names(path, arms):
 
 
 def combine(path, study):
-    """An arm for every combination of the factors' values; ValueError where a factor is of another form."""
+    """An arm for every combination of the factors' values; ValueError for a malformed factor."""
     factors, run = study["factors"], study.get("run")
     if not isinstance(factors, dict) or not factors:
         raise ValueError(f"{path}: factors must be an object that is not empty")
@@ -144,7 +144,7 @@ def combine(path, study):
 
 
 def is_flag(factor):
-    """Whether a factor's flag is one."""
+    """Whether a factor's flag has the form of a flag."""
     flag = factor.get("flag")
     return isinstance(flag, str) and flag.startswith("--") and len(flag.split()) == 1
 
@@ -152,26 +152,26 @@ def is_flag(factor):
 # ---- what an arm trains with
 
 def folder_of(study, arm, seed):
-    """Where a run of an arm is: runs/<study>-<arm>-<seed>."""
+    """The folder of an arm's run: runs/<study>-<arm>-s<seed>."""
     words = "".join(letter if letter.isalnum() else " " for letter in arm["name"]).split()
     return Path("runs") / "-".join([study, *words, f"s{seed}"])
 
 
 def command_of(study, arm, seed):
-    """The script of an arm, and its flags for a seed as a list; those of the study's own are not among them."""
+    """The script of an arm, and its flags for a seed as a list, without those that the study itself sets."""
     script, *own = shlex.split(arm["run"].replace("{seed}", str(seed)))
     return script, [*shlex.split(study["flags"]), *own]
 
 
 def given_flags(script, flags):
-    """{name: value} of the flags of a training script, and its technique lines."""
+    """({name: value} of the given flags of a training script, its technique lines)."""
     module = SCRIPTS[script]
     lines = commandline.lines_of(module.__file__, module.SETTINGS)
     return vars(commandline.training_parser("", module.SETTINGS).parse_args(flags)), lines
 
 
 def settings_of(study, arm, seed):
-    """The settings that the training script resolves an arm's flags to, as it does (`experiment.start`)."""
+    """The settings that the training script would derive from an arm's flags (as in `experiment.start`)."""
     script, flags = command_of(study, arm, seed)
     given, lines = given_flags(script, flags)
     table = SCRIPTS[script].SETTINGS
@@ -183,7 +183,7 @@ def settings_of(study, arm, seed):
 
 
 def check_flags(path, study, arm):
-    """ValueError with the arm's name where its training script would refuse its flags, or the study sets them."""
+    """ValueError with the arm's name if its training script would refuse its flags, or the study sets them itself."""
     try:
         given, _ = given_flags(*command_of(study, arm, study["seeds"][0]))
         taken = sorted(OWN & given.keys())
@@ -196,10 +196,10 @@ def check_flags(path, study, arm):
         raise ValueError(f"{path}: arm {arm['name']!r}: --help trains nothing") from None
 
 
-# ---- what is there already
+# ---- existing runs and tables
 
 def check_runs(name, study, seeds):
-    """ValueError where a run that is there was trained with other settings than its arm has now."""
+    """ValueError if an existing run was trained with other settings than its arm has now."""
     for arm, seed in itertools.product(study["arms"], seeds):
         folder = folder_of(name, arm, seed)
         if (folder / "config.json").exists() and ((folder / "finished").exists() or (folder / "last.pt").exists()):
@@ -214,7 +214,7 @@ def check_runs(name, study, seeds):
 
 
 def refuse_other_files(folder, stored, sha256):
-    """ValueError where a teacher, a start or the pictures are others now than the run in `folder` began with."""
+    """ValueError if the teacher, the start or the pictures have changed since the run in `folder` began."""
     paths = {"teacher": stored.get("teacher"), "start": run_files.start_of(stored), "pictures": stored["dataset"]}
     for name, before in sha256.items():
         path = paths.get(name)
@@ -227,9 +227,9 @@ def refuse_other_files(folder, stored, sha256):
 
 
 def differences(stored, wanted):
-    """["lr: 0.1 then, 0.2 now", ...] of the settings of a run and those of an arm; what a run did not know is left out.
+    """["lr: 0.1 then, 0.2 now", ...] where a run's settings differ from an arm's; those not stored are skipped.
 
-    An L1 cycle adds the epochs of its steps to those that it was given.
+    An L1 cycle appends the epochs of its steps to those that it was given.
     """
     wanted = json.loads(json.dumps({name: value for name, value in wanted.items() if name not in NOT_COMPARED}))
     stored = dict(stored)
@@ -240,7 +240,7 @@ def differences(stored, wanted):
 
 
 def check_out(path, out):
-    """ValueError where the table in `out` is that of another study file, which is still there."""
+    """ValueError if the table in `out` belongs to another study file that still exists."""
     if (Path(out) / "time.csv").exists():
         raise ValueError(f"{out} holds the tables of report.py; choose another --out")
     record = Path(out) / "study.json"
@@ -251,7 +251,7 @@ def check_out(path, out):
 
 
 def write_record(path, out):
-    """Write down, beside the table, which study file it is of; its path from the current folder where it is below."""
+    """Store beside the table the path of its study file, relative if that is below the current folder."""
     path, here = Path(path).resolve(), Path.cwd().resolve()
     named = path.relative_to(here) if path.is_relative_to(here) else path
     files.write(Path(out) / "study.json", (json.dumps({"study": named.as_posix()}) + "\n").encode())

@@ -4,6 +4,7 @@ import shlex
 import shutil
 
 import pytest
+import torch
 from sample_runs import QUICK, history_of, part_of, resume
 from test_own_pictures import paint
 from test_study import call_here, study_file
@@ -11,6 +12,8 @@ from test_study_faults import arms_of
 
 import cifar10
 import experiment
+import networks
+import set_pruning_train
 import study
 import train
 import train_pruning
@@ -104,6 +107,23 @@ def test_a_run_that_diverges_names_the_rate_that_is_too_large(flags, advice, tmp
 def test_a_small_learning_rate_is_written_down_as_it_is(tmp_path):
     train.main([*QUICK, "--epochs", "1", "--lr", "3e-9", "--peak", "0", "--out", str(tmp_path / "run")])
     assert float(history_of(tmp_path / "run")[0]["lr"]) == pytest.approx(3e-9)
+
+
+# ---- shares of epochs
+
+@pytest.mark.parametrize("share, epochs", [(0.7, 90), (0.29, 100), (0.57, 100), (0.58, 50), (0.6, 30), (1.0, 7)])
+def test_a_share_of_the_epochs_is_not_one_short_by_rounding(share, epochs):
+    last = round(share * epochs)                         # each share is of a whole number of epochs
+    settings = {"pruning": "polynomial", "prune_end": share, "epochs": [epochs]}
+    assert [set_pruning_train.is_pruned(settings, 0, epoch) for epoch in (last, last + 1)] == [last == epochs, True]
+    settings = {"pruning": "filters", "filter_interval": last, "filter_stop": share, "filter_threshold": 0.1,
+                "filter_until": 0, "filter_one_layer": False, "filter_relative": True, "filter_columns": False,
+                "filter_measure": "filter", "epochs": [epochs]}
+    assert set_pruning_train.never_reduces(settings, 9) == ""
+    model = networks.build("lenet5")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    settings["filter_threshold"] = 0.9
+    assert "conv1 6 -> " in set_pruning_train.reduce_filters(settings, last, model, None, optimizer, {})
 
 
 # ---- files that lie about

@@ -146,7 +146,8 @@ def test_channels_leave_before_the_epoch_in_which_gradual_pruning_ends(end, epoc
               "prune_frequency": 3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(set_pruning_train, "narrow", lambda *given: "left")
-        found = [set_pruning_train.remove_channels(values, epoch, 7, SHAPE, None, None, None, None)
+        patch.setattr(set_pruning_train, "rank", lambda *given: {})
+        found = [set_pruning_train.remove_channels({**values, "sparsity": [0.5]}, epoch, 7, SHAPE, None, None, None, {})
                  for epoch in range(1, epochs + 1)]
     assert found == [""] * (expected - 1) + ["left"] * (epochs - expected + 1)
 
@@ -157,7 +158,8 @@ GRADUAL = "--model resnet20-8-16-16 --pruning polynomial --sparsity 0.8 --prune-
 ROUNDS = "--model resnet20-8-16-16 --sparsity 0.5 0.6 --epochs 1 1 2 --batch-size 16"
 
 
-@pytest.mark.parametrize("flags", [GRADUAL, f"{GRADUAL} --optimizer sgd --averaging none", ROUNDS,
+@pytest.mark.parametrize("flags", [GRADUAL, f"{GRADUAL} --prune-begin 0 --prune-end 0.2", ROUNDS,
+                                   f"{GRADUAL} --optimizer sgd --averaging none",
                                    "--model resnet18 --groups 8 --sparsity 0.5 0.6 --epochs 1 1 1"])
 def test_a_run_ends_with_that_number_its_zeros_and_files_that_fit(flags, tmp_path):
     out, grouped = tmp_path / "run", "resnet18" in flags
