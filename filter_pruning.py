@@ -263,7 +263,10 @@ class Pruner:
         return self.history
 
     def step(self, model, average=None, optimizer=None, masks=None):
-        """One removal. Returns {layer: (filters before, after)} of the layers that changed, empty if none did."""
+        """One removal. Returns {layer: (filters before, after)} of the layers that changed, empty if none did.
+
+        Layers are pruned in order: the norms of a layer are those after the layers before it have lost filters.
+        """
         changed = {}
         for space in self.check(model):
             norms = l1_norms(model, space)
@@ -276,10 +279,14 @@ class Pruner:
 
     def weak(self, norms):
         """Which filters may be removed in this step, (C,) bool."""
-        lowest = norms.argsort()[:int(self.settings["pruning_percent_step"] * len(norms))]
+        lowest = norms.argsort()[:self.most(len(norms))]
         weak = torch.zeros(len(norms), dtype=torch.bool)
         weak[lowest] = norms[lowest] < limit_of(norms, self.settings)
         return weak
+
+    def most(self, filters):
+        """How many of a layer's filters a step may remove; 0.29 of 100 are 29, not the 28.99... of floating point."""
+        return int(self.settings["pruning_percent_step"] * filters + 1e-9)
 
     def refuse_idle(self, model):
         """ValueError where no step can remove a filter of any layer, whatever the norms are.
@@ -291,7 +298,7 @@ class Pruner:
         for space in self.check(model):
             width, groups = widths[space["name"]], int(shrinking.partitions(model, space)[0].max()) + 1
             unit = math.lcm(round_to, groups)
-            if (width % unit or unit) <= int(share * width) and width > unit:
+            if (width % unit or unit) <= self.most(width) and width > unit:
                 return
         raise ValueError(f"pruning_percent_step {share} and round_to {round_to} of --cycle remove nothing: no layer of "
                          f"{', '.join(f'{name} ({width})' for name, width in widths.items())} can lose so many filters "

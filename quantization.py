@@ -28,7 +28,7 @@ from engine.strides import picked
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 STEPS = ("weight_step", "activation_step", "activation_offset")      # parameters of a quantized layer
-SMALLEST = 1e-6      # lower bound of every step
+SMALLEST = 2.0 ** -16      # lower bound of every step; half precision holds it, and 8-bit multiples of it, exactly
 
 
 def set_precision(model, precision, device):

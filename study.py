@@ -126,10 +126,20 @@ def row_of(arm, seed, folder, data):
             **measure_arm(folder, data),
             "pflop": history["pflop"].iloc[-1] if "pflop" in history else None,        # cumulative: of the whole run
             "minutes": round(history["seconds"].sum() / 60, 2), "images_per_second": speed.median(),
-            # the first epoch is left out: it is slower, while memory and caches fill
-            "epochs_faster": speed.tail(3).median() / speed.iloc[min(1, len(speed) - 1):4].median(),
+            "epochs_faster": epochs_faster(speed, settings),
             "device": config["device"],
             "torch": (config.get("versions") or {}).get("torch"), "started": config.get("started")}
+
+
+def epochs_faster(speed, settings):
+    """The speed of the last three epochs relative to epochs 2 to 4, as training gets faster when channels are removed.
+
+    speed: images a second, a Series. The first epoch is left out: it is slower while memory and caches fill. None if
+    the two overlap, or if --resize makes the later images larger.
+    """
+    if len(speed) < 7 or settings.get("resize"):
+        return None
+    return speed.tail(3).median() / speed.iloc[1:4].median()
 
 
 def row_of_result(history, path):

@@ -9,6 +9,7 @@ the speed without it.
 import json
 import os
 import re
+import statistics
 import time
 from itertools import islice
 from pathlib import Path
@@ -69,10 +70,10 @@ def take_steps(run, batches, steps):
 
 
 def product_speed(dtype, device):
-    """Operations per second of a product of two square matrices, the median of five repeats."""
+    """Operations per second of a product of two square matrices, the median of at most five repeats."""
     one, other = torch.randn(2, SIDE, SIDE, device=device).to(dtype)
     _, seconds = compiling.time_repeats(one.matmul, other, 5, 0.2, device)
-    return 2 * SIDE ** 3 / sorted(seconds)[2]
+    return 2 * SIDE ** 3 / statistics.median(seconds)
 
 
 def summary_of(run, seconds, kernels, images, macs):

@@ -169,7 +169,7 @@ def test_what_is_refused_is_what_no_step_removes(share, round_to, groups):
     model = resnet_factorized.build("resnet18", groups=groups)
     pruner = Pruner({"pruning_percent_step": share, "round_to": round_to, "layers": ["layer1.0.conv1"],
                      "pruning_standard_deviation_part": 0})
-    pruner.weak = lambda norms: torch.isin(torch.arange(len(norms)), norms.argsort()[:int(share * len(norms))])
+    pruner.weak = lambda norms: torch.isin(torch.arange(len(norms)), norms.argsort()[:int(share * len(norms) + 1e-9)])
     idle = False
     try:
         pruner.refuse_idle(model)
@@ -177,3 +177,12 @@ def test_what_is_refused_is_what_no_step_removes(share, round_to, groups):
         idle = True
     changed = pruner.step(model)
     assert not (idle and changed) and (groups > 1 or bool(changed) != idle)       # groups: the weakest may be of one
+
+
+@pytest.mark.parametrize("share, filters, most", [(0.58, 50, 29), (0.29, 100, 29), (0.05, 64, 3), (0.05, 19, 0),
+                                                  (1, 7, 7)])
+def test_a_share_of_the_filters_is_not_one_short_by_rounding(share, filters, most):
+    pruner = Pruner({"pruning_percent_step": share, "pruning_standard_deviation_part": 0})
+    assert pruner.most(filters) == most
+    norms = torch.arange(filters) + 1.0
+    assert int(pruner.weak(norms).sum()) == min(most, int((norms < norms.mean()).sum()))

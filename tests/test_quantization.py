@@ -152,6 +152,18 @@ def test_weights_on_the_grid_stay_there_in_half_precision(bits):
     assert torch.equal(layer.half().float().integers(), before)
 
 
+def test_integers_of_the_smallest_steps_stay_in_half_precision_too():
+    layer = few(2, 256, (8, 4))
+    with torch.no_grad():
+        layer.weight_step[:] = torch.tensor([0.0, 4e-6])
+        quantization.keep_positive(layer)
+        layer.weight[:] = layer.weight_step[:, None] * torch.arange(-128, 128)
+    before = layer.integers()
+    assert before.unique().numel() >= 255
+    quantization.to_grid(layer)
+    assert torch.equal(layer.half().float().integers(), before)
+
+
 # ---- first steps, layers and their bits
 
 @settings(max_examples=25, deadline=None)
@@ -172,7 +184,7 @@ def test_first_weight_steps():
     assert quantization.first_weight_step(weight, 3).tolist() == pytest.approx(
         [2 * 1.5 / 3**0.5, 8 / 3**0.5, 2 * 3 / 3**0.5]), "of weights that are not pruned; an empty channel as its layer"
     assert quantization.first_weight_step(weight, 1).tolist() == pytest.approx([1.5, 4, 3])
-    assert quantization.first_weight_step(torch.zeros(2, 3), 4).tolist() == pytest.approx([1e-6] * 2)
+    assert quantization.first_weight_step(torch.zeros(2, 3), 4).tolist() == pytest.approx([2**-16] * 2)
 
 
 def test_first_activation_steps_come_from_images_and_leave_the_network_alone():
@@ -242,7 +254,7 @@ def test_steps_have_no_weight_decay_and_stay_positive():
         model.linear1.activation_step.fill_(0)
         model.conv1.activation_offset.fill_(-2)
     quantization.keep_positive(model)
-    assert model.conv1.weight_step[2] == model.linear1.activation_step == torch.tensor(1e-6)
+    assert model.conv1.weight_step[2] == model.linear1.activation_step == torch.tensor(2.0**-16)
     assert model.conv1.activation_offset == -2
 
 

@@ -297,6 +297,13 @@ def test_epochs_get_faster_where_channels_leave(tmp_path, monkeypatch):
     assert found["validation_accuracy"] == 7                 # the last row is of a network that was refused
 
 
+@pytest.mark.parametrize("count, settings, expected", [
+    (8, {}, 2.0), (7, {"resize": None}, 2.0), (6, {}, None), (4, {}, None), (1, {}, None), (8, {"resize": 20}, None)])
+def test_the_speed_of_epochs_is_compared_where_they_do_the_same_work(count, settings, expected):
+    speed = pd.Series([5.0, 100, 100, 100, *[200.0] * 4][:count])
+    assert study.epochs_faster(speed, settings) == expected
+
+
 def factor_study(folder):
     path = folder / "factors.json"
     path.write_text(json.dumps({"flags": SHORT, "seeds": [0], "run": "train.py --mixing none --model lenet5",
