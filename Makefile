@@ -1,11 +1,11 @@
-# make demo   environment, then the whole job on a data set that needs no download
+# make demo   environment, then a short job on digits, which need no download
 # make test   environment, then all tests
-# make train  the full job on CIFAR-10: 100 + 25 + 125 epochs
+# make train  the full job, python train_pruning.py, on CIFAR-10
 # make lint   ruff
 # For a GPU; RUN=python3 takes a Python that has torch instead of a new environment, in every target:
-# make gpu-check       whether every technique runs there, and what is slow: two minutes
+# make gpu-check       whether every technique runs there, and what is slow
 # make headline-speed  what bounds training, and its speed
-# make headline        the full protocol, five seeds: MINUTES (9) at a time, the same command goes on;
+# make headline        the runs of studies/headline.json, five seeds: MINUTES (9) at a time, the same command resumes;
 #                      ARM="250 epochs, polynomial" SEED=1 trains that run alone
 # make headline-table  the table of the runs that are finished
 
@@ -42,7 +42,7 @@ headline-speed: $(READY)
 headline: $(READY)
 	timeout --foreground --signal=INT $(MINUTES)m $(RUN) study.py studies/headline.json $(if $(ARM),--arms "$(ARM)") \
 		$(if $(SEED),--seeds $(SEED)); code=$$?; test $$code != 124 || echo "stopped after $(MINUTES) minutes:" \
-		"the same command goes on"; test $$code = 124 || exit $$code
+		"the same command resumes"; test $$code = 124 || exit $$code
 
 headline-table: $(READY)
 	$(RUN) study.py studies/headline.json --finished

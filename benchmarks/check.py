@@ -1,4 +1,4 @@
-"""Check that every technique runs on a GPU, and find what is slow: `python benchmark.py check`, two minutes.
+"""Check that every technique runs on a GPU, and find what is slow: `python benchmark.py check`.
 
 Each technique is tested by a whole run on digits, two rounds of three steps: trained,
 pruned, evaluated, saved. Then a step is timed, and it is counted how often the host waits

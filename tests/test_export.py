@@ -1,7 +1,10 @@
 import json
+import re
 
 import pytest
 import torch
+from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file as safetensors_file
 from safetensors.torch import save_file
 from torch import nn
@@ -55,6 +58,21 @@ def test_float32_formats_give_the_same_logits(ending, trained, tmp_path, capsys)
     assert " 0 of 360 predictions changed" in printed
     assert float(printed.split("largest difference of a logit ")[1].split(",")[0]) < 1e-3
     assert target.stat().st_size > 4 * 1_411_146
+
+
+def test_a_file_is_used_without_this_project_as_the_page_shows(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    export.main(["--checkpoint", str(trained / "model.pt"), "--out", "a.w8.onnx", "--no-compare"])
+    block = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "inference.md").read_text(), re.DOTALL)[1]
+    data, told = cifar10.load("digits"), []
+    for place in range(5):
+        Image.fromarray(data.x_test[place]).save("a_photo.png")
+        capsys.readouterr()
+        exec(block, {})
+        told.append(capsys.readouterr().out.strip())
+    forward = onnx_files.open_onnx("a.w8.onnx")
+    images, _ = next(iter(cifar10.Batches(data.x_test, data.y_test, 5, cifar10.KINDS["digits"])))
+    assert told == [cifar10.DIGITS[place] for place in forward(images).argmax(1)]
 
 
 def test_int8_is_calibrated_on_training_images_and_compared(trained, tmp_path, capsys):

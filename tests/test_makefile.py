@@ -46,7 +46,7 @@ def test_a_command_ends_in_time_and_says_that_it_goes_on(tmp_path):
     begun = time.monotonic()
     (tmp_path / "study.py").write_text("import time\ntime.sleep(60)\n")
     code, printed = make(tmp_path, "--silent", "headline", f"RUN={sys.executable}", "MINUTES=0.01")
-    assert code == 0 and "stopped after 0.01 minutes: the same command goes on" in printed
+    assert code == 0 and "stopped after 0.01 minutes: the same command resumes" in printed
     assert time.monotonic() - begun < 20
 
 

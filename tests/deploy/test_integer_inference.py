@@ -20,7 +20,7 @@ import profil
 import quantization
 import test as few_bits_test
 import train
-from deploy import integer_inference
+from deploy import integer_inference, onnx_files
 from engine import checkpoint
 from engine.widths import widths_of
 from networks import load_network
@@ -316,3 +316,15 @@ def test_code_in_a_packed_file_does_not_run(tmp_path, capsys):
     with pytest.raises(ValueError, match="holds code objects .*print.* and is refused; none of it ran"):
         load_network(tmp_path / "a.packed.gz")
     assert "it ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".safetensors", ".pt.gz"])
+def test_a_quantized_network_is_exported_in_other_forms_too(ending, trained_few, tmp_path):
+    target = tmp_path / f"few{ending}"
+    export.main(["--checkpoint", str(trained_few / "model.pt"), "--out", str(target), "--no-compare"])
+    model, _ = load_network(trained_few / "model.pt")
+    forward = onnx_files.open_onnx(target) if ending == ".onnx" else load_network(target)[0]
+    images = torch.randn(64, 3, 32, 32)
+    with torch.no_grad():
+        close = torch.isclose(forward(images), model(images), atol=1e-3).all(1)
+    assert close.float().mean() >= 0.9        # an input on an edge between two integers may round the other way
