@@ -158,8 +158,7 @@ GRADUAL = "--model resnet20-8-16-16 --pruning polynomial --sparsity 0.8 --prune-
 ROUNDS = "--model resnet20-8-16-16 --sparsity 0.5 0.6 --epochs 1 1 2 --batch-size 16"
 
 
-@pytest.mark.parametrize("flags", [GRADUAL, f"{GRADUAL} --prune-begin 0 --prune-end 0.2", ROUNDS,
-                                   f"{GRADUAL} --optimizer sgd --averaging none",
+@pytest.mark.parametrize("flags", [GRADUAL, f"{GRADUAL} --optimizer sgd --averaging none", ROUNDS,
                                    "--model resnet18 --groups 8 --sparsity 0.5 0.6 --epochs 1 1 1"])
 def test_a_run_ends_with_that_number_its_zeros_and_files_that_fit(flags, tmp_path):
     out, grouped = tmp_path / "run", "resnet18" in flags
@@ -177,6 +176,15 @@ def test_a_run_ends_with_that_number_its_zeros_and_files_that_fit(flags, tmp_pat
     assert pruning.sparsity_of(model) == pytest.approx(1 - kept, abs=1e-6)
     if "polynomial" in flags:             # the schedule ends behind it
         assert kept == pytest.approx(0.2, abs=1e-3)
+
+
+def test_a_schedule_that_ends_in_the_first_epoch_keeps_its_sparsity_in_what_is_left(tmp_path):
+    flags = f"{GRADUAL} --prune-begin 0 --prune-end 0.1 --macs 3000000"
+    train_pruning.main([*SMALL, *shlex.split(flags), "--out", str(tmp_path / "run")])
+    assert [float(row["sparsity"]) for row in history_of(tmp_path / "run")] == pytest.approx([0.8] * 4, abs=1e-3)
+    state = checkpoint.read(tmp_path / "run" / "last.pt")
+    for weights in (state["weights"], state["average"]):
+        assert all((weights[name][~mask] == 0).all() for name, mask in state["masks"].items())
 
 
 @pytest.mark.parametrize("flags, epochs", [(GRADUAL, 4), (ROUNDS, 4)])
