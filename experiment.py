@@ -127,7 +127,6 @@ def start(script, description, table, recipes, argv):
     lines = commandline.lines_of(script, table)
     given, state = vars(commandline.training_parser(description, table).parse_args(argv)), None
     given |= {name: str(checkpoint.find(given[name])) for name in ("teacher", "start") if given.get(name)}
-    given |= {"dataset": cifar10.named(given["dataset"])} if "dataset" in given else {}
     if given.get("resume"):
         given["out"], state = folders.state_to_resume(given, Path(script).name)
         cycle = given.get("cycle") or state["settings"].get("cycle")
@@ -230,7 +229,7 @@ def prepare(settings, state, forced=False):
     generator = torch.Generator(device).manual_seed(settings["seed"])
     train, validation, calibration = make_batches(data, kind, settings, device, generator)
     model = build(**quantization.without_bits(architecture)).to(device)
-    start_from = settings["start"] or settings["cycle_settings"].get("input_model_path")
+    start_from = run_files.start_of(settings)
     if state is None and start_from:
         start_from = checkpoint.find(start_from)
         load_start(model, architecture, start_from, settings["dataset"], kind, settings["force"])

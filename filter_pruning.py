@@ -31,6 +31,7 @@ from engine.shrinking import (  # noqa: F401  (published together)
 )
 
 SHRINKING = ("filters", "l1_cycle", "morphnet")      # values of PRUNING that remove whole channels
+ROUNDING = 1e-9       # added to shares of a count: 0.7 of 90 epochs is 62.99999999999999 in binary floating point
 SETTINGS = only("pruning", ("filters",), {
     "filter_threshold": Setting(0.1, "what is taken off a filter's norm: a share of its layer's largest, or a norm",
                                 low=0),
@@ -286,7 +287,7 @@ class Pruner:
 
     def most(self, filters):
         """How many of a layer's filters a step may remove; 0.29 of 100 are 29, not the 28.99... of floating point."""
-        return int(self.settings["pruning_percent_step"] * filters + 1e-9)
+        return int(self.settings["pruning_percent_step"] * filters + ROUNDING)
 
     def refuse_idle(self, model):
         """ValueError where no step can remove a filter of any layer, whatever the norms are.

@@ -49,7 +49,7 @@ def read_run(folder):
             "pruning": pruning_of(settings), "mixing": settings["mixing"],
             "weights": settings.get("weights") or "float",
             "recipe": settings["recipe"], "distilled": bool(settings.get("teacher")),
-            "continued": bool(settings.get("start") or (settings.get("cycle_settings") or {}).get("input_model_path")),
+            "continued": bool(run_files.start_of(settings)),
             "device": config["device"], "other_settings": unusual(settings), "settings": comparable(complete(settings)),
             "validation_accuracy": row_of_result(history, settings, {**test, **profile})["validation_accuracy"],
             "test_accuracy": test.get("accuracy"),

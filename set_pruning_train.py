@@ -14,12 +14,11 @@ from binaryconnect import BINARY
 from engine import parallel
 from engine.operations import macs_of
 from engine.settings import Setting, check_each, flag_of, joined, line, only
-from filter_pruning import SHRINKING
+from filter_pruning import ROUNDING, SHRINKING
 from pruning import GRADUAL
 
 OF_A_PRUNING = "sparsity", "score", "minimum_density", "exclude", "macs", "macs_layers"      # read when a pruning runs
 FINETUNED = "rounds", "l1_cycle"      # choices of the line PRUNING whose later rounds fine-tune the pruned network
-ROUNDING = 1e-9       # 0.7 of 90 epochs is 62.99999999999999 in binary floating point
 SETTINGS = joined({
     "pruning": line("none", ("rounds", *GRADUAL, *SHRINKING), alone=(
         SHRINKING, "shrinks the network, which takes one process: run it without torchrun")),

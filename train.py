@@ -91,7 +91,7 @@ FLIPS = "random"              # an image is mirrored by a draw
 # ---- settings of the run; techniques declare theirs in their own files, train_pruning.py has those of pruning
 UNMIXED = (("mix_probability", 0), ("mix_alpha", 0))
 SETTINGS = joined({
-    "dataset": Setting("cifar10", cifar10.HELP),
+    "dataset": Setting("cifar10", cifar10.HELP, reads=cifar10.named),
     "data": Setting("data", "folder of the data set's files", free=True),
     "epochs": Setting([30], "of each round", low=1, high=10**6, many="+", form=int),
     "recipe": Setting("ours", "published: the settings of the original run", choices=("ours", "published"), fixed=True),

@@ -120,7 +120,7 @@ def print_summary(summary):
 def parse(argv):
     """The flags of this benchmark."""
     parser = commandline.Parser(prog="benchmark.py profile", description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="cifar10", help="data set to train on (cifar10)")
+    parser.add_argument("--dataset", type=cifar10.named, default="cifar10", help="data set to train on (cifar10)")
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--steps", type=int, default=20, help="number of training steps to record (20)")
     parser.add_argument("--recipe", choices=["ours", *train.RECIPES], default="ours")

@@ -144,7 +144,7 @@ def print_training(rows, where):
 def parse(argv):
     """The flags of this benchmark."""
     parser = commandline.Parser(prog="benchmark.py training", description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="cifar10", help=cifar10.HELP)
+    parser.add_argument("--dataset", type=cifar10.named, default="cifar10", help=cifar10.HELP)
     parser.add_argument("--data", default="data", help="folder of the data set's files (data)")
     parser.add_argument("--images", type=int, default=1500, help="images per repeat of training and evaluation (1500)")
     parser.add_argument("--resize", type=int, metavar="PIXELS",

@@ -98,16 +98,15 @@ def write_config(run, sources):
                        "sha256": check(path, first, "sha256", dict, optional=True) or {}}
     elif run.made is not None:            # a new run
         start = start_of(run.settings)
-        found = {"teacher": run.teacher_sha256, "start": start and files.sha256_of(start),
+        found = {"teacher": run.teacher_sha256, "start": start and files.sha256_of(checkpoint.meant(start)),
                  "pictures": run.pictures_sha256}
         config["sha256"] = {name: value for name, value in found.items() if value}
     files.write(path, json.dumps(config, indent=1).encode())
 
 
 def start_of(settings):
-    """The file whose weights a run with these settings starts from, or None."""
-    start = settings.get("start") or (settings.get("cycle_settings") or {}).get("input_model_path")
-    return start and checkpoint.meant(start)
+    """The checkpoint, or folder of one, whose weights a run with these settings starts from, or None."""
+    return settings.get("start") or (settings.get("cycle_settings") or {}).get("input_model_path")
 
 
 def read_config(folder):

@@ -16,7 +16,8 @@ class Setting(NamedTuple):
 
     default: for new runs, and for runs older than the setting. help: text of its flag,
     without the default; None: it has no flag. low, high: closed ends of the accepted range;
-    above, below: open ends. form: the type of a value, if the default does not show it.
+    above, below: open ends. form: the type of a value, if the default does not show it. reads:
+    what turns a flag's text into the value, if that is not the type itself.
     choices: all accepted values. many: how many values it takes, as argparse's nargs. shown:
     what --help shows in place of a value. line: a technique line sets it. free: it may differ
     in a resumed run, and is not part of the method; fixed: not even --force changes it in a
@@ -34,6 +35,7 @@ class Setting(NamedTuple):
     above: float = None
     below: float = None
     form: type = None
+    reads: object = None
     choices: tuple = None
     many: object = None
     shown: object = None
@@ -113,7 +115,8 @@ def add_flags(parser, table):
     for name, setting in table.items():
         if setting.help is None:
             continue
-        options = {"type": setting.kind, "choices": setting.choices, "nargs": setting.many, "metavar": setting.shown}
+        options = {"type": setting.reads or setting.kind, "choices": setting.choices, "nargs": setting.many,
+                   "metavar": setting.shown}
         if setting.kind is bool:
             options = {"action": "store_true" if setting.free else argparse.BooleanOptionalAction}
         parser.add_argument(flag_of(name), help=setting.help + default_text(setting),
@@ -220,8 +223,8 @@ def lacking(table, settings, name):
 def differing(table, before, settings):
     """{name: (value then, value now)} of the settings that differ from a checkpoint's, without the free ones."""
     stored = {**defaults_of(table), **before}
-    return {name: (stored[name], settings[name]) for name in table
-            if name not in names_of(table, "free") and stored[name] != settings[name]}
+    return {name: (stored[name], settings[name]) for name, setting in table.items()
+            if not setting.free and stored[name] != settings[name]}
 
 
 def in_words(changed):

@@ -176,7 +176,6 @@ def settings_of(study, arm, seed):
     given, lines = given_flags(script, flags)
     table = SCRIPTS[script].SETTINGS
     given |= {name: str(checkpoint.meant(given[name])) for name in ("teacher", "start") if given.get(name)}
-    given |= {"dataset": cifar10.named(given["dataset"])} if "dataset" in given else {}
     settings = experiment.fresh_settings(script, table, lines, train.RECIPES, {**given, "seed": seed})
     experiment.check_settings(table, settings)
     return settings
@@ -215,7 +214,9 @@ def check_runs(name, study, seeds):
 
 def refuse_other_files(folder, stored, sha256):
     """ValueError if the teacher, the start or the pictures have changed since the run in `folder` began."""
-    paths = {"teacher": stored.get("teacher"), "start": run_files.start_of(stored), "pictures": stored["dataset"]}
+    start = run_files.start_of(stored)
+    paths = {"teacher": stored.get("teacher"), "start": start and checkpoint.meant(start),
+             "pictures": stored["dataset"]}
     for name, before in sha256.items():
         path = paths.get(name)
         if not path or not Path(path).exists():
