@@ -17,16 +17,13 @@ over the same splits.
 """
 import contextlib
 import hashlib
-import io
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from engine import files, originals, pictures
+from engine import archives, files, originals, pictures
 
 
 class Kind(NamedTuple):
@@ -166,50 +163,17 @@ def load(dataset, root="data", classes=None):
         return check(data, kind, dataset)
     path = Path(root) / f"{dataset}.npz"
     if path.exists():
-        return check(read_npz(path), KINDS[dataset], path)
+        return check(Data(**archives.read(path, Data._fields)), KINDS[dataset], path)
     if dataset == "digits":
-        return check(read_digits(), KINDS[dataset], "scikit-learn's digits")
+        return check(Data(*originals.read_digits()), KINDS[dataset], "scikit-learn's digits")
     with contextlib.suppress(OSError):             # `read_originals` reports it
         originals.check_folder(root)
     with files.locked(Path(root)):                 # another process may be downloading or unpacking
         if path.exists():
-            return check(read_npz(path), KINDS[dataset], path)
+            return check(Data(**archives.read(path, Data._fields)), KINDS[dataset], path)
         data = check(Data(*originals.read_originals(dataset, KINDS[dataset], Path(root))), KINDS[dataset], root)
-        write_npz(path, data)
+        archives.write(path, data._asdict())
     return data
-
-
-def read_npz(path):
-    """Read the four arrays of an `.npz`; its zip's checksums are checked, nothing is unpickled."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            found = {name: read_member(archive.zip, name) for name in Data._fields if name in archive}
-    except (OSError, MemoryError) as problem:
-        raise ValueError(f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem or 'no memory'}"
-                         ) from None
-    except Exception as problem:          # zipfile and NumPy report damage in many types
-        if "pickle" in str(problem) or isinstance(problem, TypeError):
-            raise ValueError(f"{path} is not an .npz of plain arrays; "
-                             "delete it or put the right file there") from None
-        raise ValueError(f"{path} is damaged ({problem}; {path.stat().st_size:,} bytes); "
-                         "delete it, and it is made again from the original files") from None
-    missing = [name for name in Data._fields if name not in found]
-    if missing:
-        raise ValueError(f"{path} has no array called {missing[0]}; it must hold {', '.join(Data._fields)}")
-    return Data(**found)
-
-
-def read_member(archive, name):
-    """Read one array of an `.npz` as a whole: zipfile checks a member's checksum only at its end."""
-    content = archive.read(f"{name}.npy")
-    stream = io.BytesIO(content)
-    version = np.lib.format.read_magic(stream)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, columns_first, dtype = readers[version](stream)
-    if dtype.hasobject:
-        raise ValueError(f"{name} holds pickled objects")
-    array = np.frombuffer(bytearray(content), dtype, offset=stream.tell())
-    return array.reshape(shape, order="F" if columns_first else "C")
 
 
 def check(data, kind, source):
@@ -229,28 +193,6 @@ def check(data, kind, source):
             raise ValueError(f"{source}: y_{part}[{wrong[0]}] is {labels[wrong[0]]}; "
                              f"expected 0 to {len(kind.classes) - 1}")
     return Data(data.x_train, data.y_train.astype(np.int64), data.x_test, data.y_test.astype(np.int64))
-
-
-def read_digits():
-    """scikit-learn's 1,797 digits of 8x8, scaled to 32x32 and three equal channels; 360 are the test set."""
-    from sklearn.datasets import load_digits
-    images, labels = load_digits(return_X_y=True)
-    small = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) * (255 / 16)
-    large = F.interpolate(small, size=32, mode="bilinear").round().to(torch.uint8)
-    images = large.permute(0, 2, 3, 1).expand(-1, 32, 32, 3).contiguous().numpy()
-    order = np.random.RandomState(0).permutation(len(images))
-    train, test = order[:1_437], order[1_437:]
-    return Data(images[train], labels[train], images[test], labels[test])
-
-
-def write_npz(path, data):
-    """Write `data` for the next start, completely or not at all."""
-    held = io.BytesIO()
-    np.savez(held, **data._asdict())
-    try:
-        files.write(path, held.getvalue())
-    except RuntimeError as problem:
-        print(f"note: {problem}; the next start reads the original files again", file=sys.stderr)
 
 
 def split(data, validation=0.1, limit=None):

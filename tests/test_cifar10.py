@@ -12,6 +12,7 @@ from conftest import DATA, ROOT
 from samples import SMALL, assert_same, random_data
 
 import cifar10
+from engine import archives
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def small(tmp_path, monkeypatch):
     """A CIFAR-10 of 40 + 8 images of 12x11 as an .npz: (its path, its data)."""
     monkeypatch.setitem(cifar10.KINDS, "cifar10", SMALL)
     data = random_data(SMALL)
-    cifar10.write_npz(tmp_path / "cifar10.npz", data)
+    archives.write(tmp_path / "cifar10.npz", data._asdict())
     return tmp_path / "cifar10.npz", data
 
 
@@ -298,7 +299,7 @@ def test_real_mnist_is_read_exactly_and_has_the_stated_mean_and_std(tmp_path, no
     (tmp_path / "MNIST").mkdir()
     (tmp_path / "MNIST" / "raw").symlink_to((folder / "MNIST" / "raw").resolve())
     data = cifar10.load("mnist", tmp_path)
-    assert_same(cifar10.read_npz(tmp_path / "mnist.npz"), data)
+    assert_same(cifar10.Data(**archives.read(tmp_path / "mnist.npz", cifar10.Data._fields)), data)
     plain, packed = folder / "MNIST" / "raw" / MNIST_FILES[0], folder / "MNIST" / "raw" / (MNIST_FILES[0] + ".gz")
     raw = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
     assert data.x_train.tobytes() == raw[16:]
@@ -348,17 +349,3 @@ def test_digits_are_all_images_once_and_their_test_set_is_fixed():
     assert len({image.tobytes() for image in np.concatenate([data.x_train, data.x_test])}) == 1797
     assert list(data.y_train[:10]) == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5]
     assert list(data.y_test[:10]) == [7, 9, 4, 7, 0, 2, 6, 1, 3, 1]
-
-
-def test_a_cache_whose_writing_was_killed_leaves_nothing_beside_the_next_one(tmp_path, monkeypatch):
-    def fail(source, target):
-        raise KeyboardInterrupt
-    data = cifar10.read_digits()
-    with monkeypatch.context() as patch:
-        patch.setattr(cifar10.files.os, "replace", fail)
-        with pytest.raises(KeyboardInterrupt):
-            cifar10.write_npz(tmp_path / "digits.npz", data)
-    assert not (tmp_path / "digits.npz").exists()
-    cifar10.write_npz(tmp_path / "digits.npz", data)
-    assert [path.name for path in tmp_path.iterdir()] == ["digits.npz"]
-    assert (np.load(tmp_path / "digits.npz")["x_train"] == data.x_train).all()

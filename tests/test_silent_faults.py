@@ -228,9 +228,9 @@ def test_only_the_result_on_its_own_data_is_kept_beside_a_run(trained, tmp_path,
     kept = json.loads((run / "report.json").read_text())["test"]
     half_test.main(["--checkpoint", str(run / "last.pt"), "--json"])
     assert json.loads((run / "report.json").read_text())["test"] == kept
-    real = half_test.data_of
+    real, digits = half_test.data_of, cifar10.load("digits")
     monkeypatch.setattr(half_test, "data_of", lambda *given: ("svhn", real(*given)[1]))
-    monkeypatch.setattr(half_test.cifar10, "load", lambda *given: cifar10.read_digits())
+    monkeypatch.setattr(half_test.cifar10, "load", lambda *given: digits)
     half_test.main(["--checkpoint", str(run / "model.pt"), "--json"])
     assert json.loads((run / "report.json").read_text())["test"] == kept
 
