@@ -163,17 +163,22 @@ def load(dataset, root="data", classes=None):
         return check(data, kind, dataset)
     path = Path(root) / f"{dataset}.npz"
     if path.exists():
-        return check(Data(**archives.read(path, Data._fields)), KINDS[dataset], path)
+        return check(read_npz(path), KINDS[dataset], path)
     if dataset == "digits":
         return check(Data(*originals.read_digits()), KINDS[dataset], "scikit-learn's digits")
     with contextlib.suppress(OSError):             # `read_originals` reports it
         originals.check_folder(root)
     with files.locked(Path(root)):                 # another process may be downloading or unpacking
         if path.exists():
-            return check(Data(**archives.read(path, Data._fields)), KINDS[dataset], path)
+            return check(read_npz(path), KINDS[dataset], path)
         data = check(Data(*originals.read_originals(dataset, KINDS[dataset], Path(root))), KINDS[dataset], root)
         archives.write(path, data._asdict())
     return data
+
+
+def read_npz(path):
+    """The `Data` in an `.npz`, before `check`; ValueError if it is damaged or lacks an array."""
+    return Data(**archives.read(path, Data._fields))
 
 
 def check(data, kind, source):

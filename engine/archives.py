@@ -1,4 +1,4 @@
-"""Arrays in an `.npz`: read with the checksums of its zip and without pickle, written completely or not at all.
+"""The arrays of a data set in an `.npz`: read with their checksums and without pickle, written whole or not at all.
 
     arrays = read("data/cifar10.npz", ("x_train", "y_train", "x_test", "y_test"))
 """

@@ -19,7 +19,7 @@ from scipy.io import savemat
 from torchvision import datasets
 
 import cifar10
-from engine import archives, originals
+from engine import originals
 
 
 @pytest.fixture(autouse=True)
@@ -92,14 +92,14 @@ def write_svhn(root, monkeypatch):
 def test_fashion_mnist_is_read_and_kept(tmp_path, monkeypatch, packed):
     data = write_idx(tmp_path, monkeypatch, "fashion-mnist", packed)
     assert_same(cifar10.load("fashion-mnist", tmp_path), data)
-    assert_same(cifar10.Data(**archives.read(tmp_path / "fashion-mnist.npz", cifar10.Data._fields)), data)
+    assert_same(cifar10.read_npz(tmp_path / "fashion-mnist.npz"), data)
 
 
 def test_svhn_is_read_and_kept(tmp_path, monkeypatch):
     data = write_svhn(tmp_path, monkeypatch)
     assert 0 in data.y_train and data.x_train.shape == (12, 32, 32, 3)
     assert_same(cifar10.load("svhn", tmp_path), data)
-    assert_same(cifar10.Data(**archives.read(tmp_path / "svhn.npz", cifar10.Data._fields)), data)
+    assert_same(cifar10.read_npz(tmp_path / "svhn.npz"), data)
 
 
 def test_altered_svhn_is_refused_with_both_checksums(tmp_path, monkeypatch):
