@@ -72,7 +72,10 @@ def score(row):
 
 
 def draw(path, rows):
-    """Plot test accuracy against parameters left and against the score, with short names; a range is a bar."""
+    """Plot test accuracy against parameters left and against the score; a range is a bar.
+
+    Short names stand above the cited and below ours, save where `above` is true.
+    """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), AXES.items(), strict=True):
@@ -83,8 +86,9 @@ def draw(path, rows):
             ours, low, high = "file" in row, min(row["accuracy"]), max(row["accuracy"])
             style = {"marker": "o" if ours else "x", "color": "tab:blue" if ours else "gray"}
             axes.plot([place] * 2, [low, high], **style)
-            axes.annotate(row["short"], (place, low if ours else high), xytext=(0, -7 if ours else 7), fontsize=8,
-                          textcoords="offset points", ha="center", va="top" if ours else "bottom",
+            below = ours and not row.get("above")
+            axes.annotate(row["short"], (place, low if below else high), xytext=(0, -7 if below else 7), fontsize=8,
+                          textcoords="offset points", ha="center", va="top" if below else "bottom",
                           color=style["color"])
         axes.axhline(BAR, color="gray", linestyle=":", linewidth=1)
         axes.set(xscale="log", xlabel=label, ylabel="test accuracy (%)" * (name == "parameters"))

@@ -36,8 +36,8 @@ def test_zeros_and_parameters(stated):
 
 
 def test_it_is_the_run_that_it_came_from(stated):
-    with open(ROOT / "results" / "sixty_epochs" / "runs.csv") as file:
-        run = next(row for row in csv.DictReader(file) if row["arm"] == "24 + 6 + 30 epochs" and row["seed"] == "0")
+    with open(ROOT / "results" / "full_protocol" / "runs.csv") as file:
+        run = next(row for row in csv.DictReader(file) if row["arm"] == "100 + 25 + 125 epochs" and row["seed"] == "0")
     assert (float(run["nonzero"]), float(run["macs"])) == (stated["profile"]["nonzero"], stated["profile"]["macs"])
     assert float(run["bytes"]) == SHIPPED.stat().st_size
     assert stated["test"]["accuracy"] == pytest.approx(float(run["test_accuracy"]), abs=0.05)

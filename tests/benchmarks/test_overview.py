@@ -58,6 +58,16 @@ def test_draw_measures_nothing(named, monkeypatch):
     assert (named / "overview.md").read_bytes() == before
 
 
+def test_a_name_stands_below_its_point_or_above_where_that_is_asked(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(overview.files, "save_figure", lambda path, figure: drawn.append(figure))
+    row = {"file": "a.pt", "accuracy": [90.0], "parameters": 1000, "score": 0.1}
+    overview.draw("a.png", [{**row, "short": "under"}, {**row, "short": "over", "above": True}])
+    for axes in drawn[0].axes:
+        heights = {text.get_text(): text.xyann[1] for text in axes.texts}
+        assert heights["under"] < 0 < heights["over"]
+
+
 def test_without_numbers_nothing_is_drawn(named):
     with pytest.raises(FileNotFoundError, match="leave out --draw"):
         overview.main(["--out", str(named), "--draw"])
