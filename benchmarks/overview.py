@@ -87,9 +87,9 @@ def draw(path, rows):
             style = {"marker": "o" if ours else "x", "color": "tab:blue" if ours else "gray"}
             axes.plot([place] * 2, [low, high], **style)
             below = ours and not row.get("above")
-            axes.annotate(row["short"], (place, low if below else high), xytext=(0, -7 if below else 7), fontsize=8,
-                          textcoords="offset points", ha="center", va="top" if below else "bottom",
-                          color=style["color"])
+            end, offset, side = (low, -7, "top") if below else (high, 7, "bottom")
+            axes.annotate(row["short"], (place, end), xytext=(0, offset), textcoords="offset points", fontsize=8,
+                          ha="center", va=side, color=style["color"])
         axes.axhline(BAR, color="gray", linestyle=":", linewidth=1)
         axes.set(xscale="log", xlabel=label, ylabel="test accuracy (%)" * (name == "parameters"))
         axes.margins(x=0.3, y=0.12)
