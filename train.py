@@ -118,7 +118,7 @@ SETTINGS = joined({
     "recalibrate": Setting(False, "recompute batch norm's statistics on training images after pruning and each round"),
     "compile": Setting("auto", "auto: if it saves time and a compiler is installed", choices=("auto", "on", "off"),
                        alone=(("on",), "takes one process: several train without compiling")),
-    "arithmetic": Setting("auto", "of training; auto: bfloat16 on CUDA and on CPUs with bfloat16 instructions",
+    "arithmetic": Setting("auto", "of training; auto: bfloat16 on CUDA and on CPUs that are faster in it",
                           choices=("auto", "float32", "bfloat16")),
     "convolutions": Setting("auto", "compute grouped ones as such, or as dense ones filled with zeros; auto: the "
                             "faster one on CUDA", choices=("auto", "grouped", "dense")),

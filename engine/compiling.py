@@ -70,10 +70,10 @@ def why_eager(wanted, images):
 def choose_arithmetic(wanted, model, images, device, began=None):
     """torch.bfloat16 or torch.float32: the data type of forward and backward passes. Weights stay float32.
 
-    wanted: "float32", "bfloat16", or "auto": bfloat16 on CUDA, and on a CPU that has
-    instructions for it if the run trains on enough `images`; a network with depthwise
-    convolutions is faster in bfloat16 only on a CPU with AMX (engine/separable.py). began:
-    the data type of a resumed run so far; "auto" keeps it, unless this CPU could only
+    wanted: "float32", "bfloat16", or "auto": bfloat16 on CUDA, and on a CPU that is faster
+    in it (`multiplies_bfloat16_faster`) if the run trains on enough `images`; a network with
+    depthwise convolutions is faster in bfloat16 only on a CPU with AMX (engine/separable.py).
+    began: the data type of a resumed run so far; "auto" keeps it, unless this CPU could only
     simulate it.
     """
     if wanted == "auto" and began and (began == "float32" or device.type != "cpu" or has_bfloat16()):
@@ -83,8 +83,28 @@ def choose_arithmetic(wanted, model, images, device, began=None):
     if device.type == "cuda":
         return torch.bfloat16
     depthwise = any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in model.modules())
-    pays = device.type == "cpu" and images >= WORTH_COMPILING and (has_amx() if depthwise else has_bfloat16())
-    return torch.bfloat16 if pays else torch.float32
+    if device.type != "cpu" or images < WORTH_COMPILING or (depthwise and not has_amx()):
+        return torch.float32
+    return torch.bfloat16 if multiplies_bfloat16_faster() else torch.float32
+
+
+def multiplies_bfloat16_faster():
+    """Whether this CPU multiplies matrices faster in bfloat16 than in float32.
+
+    With AMX it does. AVX-512 instructions for bfloat16 double the speed of some CPUs and halve that of others, such
+    as a Xeon in a virtual machine that hides its AMX; so without AMX a product is timed.
+    """
+    return has_amx() or (has_bfloat16() and product_seconds(torch.bfloat16) < product_seconds(torch.float32))
+
+
+def product_seconds(arithmetic, side=512, repeats=8):
+    """The fewest seconds that a product of two square matrices of `side` takes in an arithmetic, a torch.dtype."""
+    matrix, seconds = torch.ones(side, side, dtype=arithmetic), []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 def has_bfloat16():

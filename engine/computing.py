@@ -15,7 +15,8 @@ def choose_computing(run, wanted, images, shape, lay_out):
     wanted, images, shape: see `compiling.choose_forward`; lay_out(run): applies the form to
     its network. Returns training images a second, and a sentence that says how it computes.
     """
-    run.dtype = compiling.choose_arithmetic(run.settings["arithmetic"], run.model, images, run.device, run.computed)
+    run.dtype = parallel.agreed(compiling.choose_arithmetic(run.settings["arithmetic"], run.model, images, run.device,
+                                                            run.computed))
     asked, tried = run.settings["convolutions"], {}
     if asked == "auto" and run.form:
         asked = run.form                  # a resumed run keeps its form

@@ -115,7 +115,7 @@ def test_what_it_cannot_do_is_refused_by_name():
 
 def test_cycle_by_its_line_goes_on_when_stopped(tmp_path, monkeypatch):
     """Its epochs become more as it goes; arithmetic is chosen by those it began with, here too few for bfloat16."""
-    monkeypatch.setattr(compiling, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(compiling, "multiplies_bfloat16_faster", lambda: True)
     monkeypatch.setattr(compiling, "WORTH_COMPILING", 6 * 1_280)
     (tmp_path / "cycle.json").write_text('{"finetuning_epochs": 2, "pruning_percent_step": 0.3, '
                                          '"pruning_standard_deviation_part": 0, "stop_loss": 1.2}')

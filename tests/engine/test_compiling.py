@@ -289,17 +289,43 @@ def cpu_with(monkeypatch, *names):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True), raising=False)
 
 
-@pytest.mark.parametrize("name, bits, images, has, expected", [
-    ("resnet20", {}, 30_000, BF16, torch.bfloat16), ("resnet20", {}, 30_000, (), torch.float32),
-    ("resnet20", {}, 29_999, BF16, torch.float32), ("mobilenet", {}, 30_000, BF16, torch.float32),
-    ("mobilenet", {}, 30_000, (*BF16, "amx_bf16"), torch.bfloat16), ("mobilenet", {}, 30_000, (), torch.float32),
-    ("resnet20", {"conv1": [2, 2]}, 30_000, BF16, torch.bfloat16)])
-def test_arithmetic_is_bfloat16_where_the_cpu_has_it_and_it_pays(monkeypatch, name, bits, images, has, expected):
+def products_take(monkeypatch, seconds):
+    """Matrix products take so many seconds in each data type."""
+    monkeypatch.setattr(compiling, "product_seconds", seconds.get)
+
+
+FASTER, SLOWER = {torch.bfloat16: 0.001, torch.float32: 0.002}, {torch.bfloat16: 0.002, torch.float32: 0.001}
+AMX = (*BF16, "amx_bf16")
+
+
+@pytest.mark.parametrize("name, bits, images, has, products, expected", [
+    ("resnet20", {}, 30_000, BF16, FASTER, torch.bfloat16), ("resnet20", {}, 30_000, BF16, SLOWER, torch.float32),
+    ("resnet20", {}, 30_000, (), FASTER, torch.float32), ("resnet20", {}, 29_999, AMX, FASTER, torch.float32),
+    ("resnet20", {}, 30_000, ("bf16",), FASTER, torch.bfloat16), ("resnet20", {}, 30_000, AMX, {}, torch.bfloat16),
+    ("mobilenet", {}, 30_000, BF16, FASTER, torch.float32), ("mobilenet", {}, 30_000, AMX, {}, torch.bfloat16),
+    ("mobilenet", {}, 30_000, (), FASTER, torch.float32),
+    ("resnet20", {"conv1": [2, 2]}, 30_000, BF16, FASTER, torch.bfloat16)])
+def test_arithmetic_is_bfloat16_where_the_cpu_has_it_and_it_pays(monkeypatch, name, bits, images, has, products,
+                                                                 expected):
     cpu_with(monkeypatch, *has)
+    products_take(monkeypatch, products)
     model = networks.build(name=name, **({"bits": bits} if bits else {}))
     assert compiling.choose_arithmetic("auto", model, images, torch.device("cpu")) is expected
     assert compiling.choose_arithmetic("bfloat16", model, images, torch.device("cpu")) is torch.bfloat16
     assert compiling.choose_arithmetic("float32", model, images, torch.device("cuda")) is torch.float32
+
+
+@pytest.mark.parametrize("products", [FASTER, SLOWER])
+def test_a_run_that_began_in_bfloat16_goes_on_in_it_although_another_cpu_is_slower(monkeypatch, products):
+    cpu_with(monkeypatch, *BF16)
+    products_take(monkeypatch, products)
+    assert compiling.choose_arithmetic("auto", networks.build(name="resnet20"), 30_000, CPU, "bfloat16") is torch.bfloat16
+
+
+def test_the_time_of_a_product_is_that_of_its_fastest_repeat(monkeypatch):
+    clock = iter([0, 5, 10, 12, 20, 23])             # it began and ended
+    monkeypatch.setattr(compiling.time, "perf_counter", lambda: next(clock))
+    assert compiling.product_seconds(torch.bfloat16, side=8, repeats=3) == 2
 
 
 def test_an_older_torch_that_cannot_say_trains_in_float32(monkeypatch):
