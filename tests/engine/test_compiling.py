@@ -319,7 +319,8 @@ def test_arithmetic_is_bfloat16_where_the_cpu_has_it_and_it_pays(monkeypatch, na
 def test_a_run_that_began_in_bfloat16_goes_on_in_it_although_another_cpu_is_slower(monkeypatch, products):
     cpu_with(monkeypatch, *BF16)
     products_take(monkeypatch, products)
-    assert compiling.choose_arithmetic("auto", networks.build(name="resnet20"), 30_000, CPU, "bfloat16") is torch.bfloat16
+    model = networks.build(name="resnet20")
+    assert compiling.choose_arithmetic("auto", model, 30_000, CPU, "bfloat16") is torch.bfloat16
 
 
 def test_the_time_of_a_product_is_that_of_its_fastest_repeat(monkeypatch):
