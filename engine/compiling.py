@@ -91,8 +91,8 @@ def choose_arithmetic(wanted, model, images, device, began=None):
 def multiplies_bfloat16_faster():
     """Whether this CPU multiplies matrices faster in bfloat16 than in float32.
 
-    With AMX it does. AVX-512 instructions for bfloat16 double the speed of some CPUs and halve that of others, such
-    as a Xeon in a virtual machine that hides its AMX; so without AMX a product is timed.
+    With AMX it does. With other instructions for bfloat16 some CPUs are slower than in float32, such as a Xeon in a
+    virtual machine that hides its AMX; so without AMX a product is timed.
     """
     return has_amx() or (has_bfloat16() and product_seconds(torch.bfloat16) < product_seconds(torch.float32))
 
