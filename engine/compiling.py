@@ -99,12 +99,8 @@ def multiplies_bfloat16_faster():
 
 def product_seconds(arithmetic, side=512, repeats=8):
     """The fewest seconds that a product of two square matrices of `side` takes in an arithmetic, a torch.dtype."""
-    matrix, seconds = torch.ones(side, side, dtype=arithmetic), []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+    matrix = torch.ones(side, side, dtype=arithmetic)
+    return min(time_calls(matrix.matmul, matrix, 1, matrix.device) for _ in range(repeats))
 
 
 def has_bfloat16():
