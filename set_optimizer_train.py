@@ -7,7 +7,8 @@ matrix orthogonal before the step, by Newton-Schulz iterations, so that all of i
 singular directions get similar steps. A filter bank is a matrix of outputs x (inputs x
 kernel), and each group of a grouped convolution is a matrix of its own. Batch norm,
 biases, depthwise filters and the classifier are trained with SGD, biases with a learning
-rate of their own (--bias-lr).
+rate of their own (--bias-lr). Batch norm can have a weight decay of its own, for either
+optimizer (--norm-weight-decay).
 """
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ SETTINGS = {
     "momentum": Setting(0.9, "of SGD", low=0, high=1),
     "nesterov": Setting(True),
     "weight_decay": Setting(5e-4, "of SGD", low=0, high=1e30),
+    "norm_weight_decay": Setting(None, "of scales and biases of batch norm (as --weight-decay)", low=0, high=1e30,
+                                 form=float, fixed=True),
     "bias_lr": Setting(1.0, "learning rate of biases, as a multiple of --lr", low=1e-6, high=1e6, fixed=True),
     **only("optimizer", ("muon",), {
         "muon_lr": Setting(0.02, "learning rate of the filters", low=1e-12, high=1e30),
@@ -35,6 +38,7 @@ SETTINGS = {
 }
 COEFFICIENTS = 3.4445, -4.7750, 2.0315      # of the quintic iteration; singular values end between 0.7 and 1.2
 ITERATIONS = 5
+NORM = nn.modules.batchnorm._BatchNorm
 
 
 def make_optimizer(model, settings, moved=None):
@@ -51,28 +55,37 @@ def parameter_groups(model, settings, moved=None):
     """The parameter groups of an optimizer, each with its own learning rate, momentum and weight decay.
 
     With Muon the filters come first; `blocks` says how many matrices each of them is. Biases have a group of their
-    own if --bias-lr is not 1; quantization steps have one without weight decay. moved: names of the weights that Muon
-    updated when the round began (a layer may have become depthwise since); None: chosen from the network as it is.
+    own if --bias-lr is not 1, batch norm if --norm-weight-decay is given; quantization steps have one without weight
+    decay. moved: names of the weights that Muon updated when the round began (a layer may have become depthwise
+    since); None: chosen from the network as it is.
     """
     filters = filters_of(model, moved) if settings["optimizer"] == "muon" else {}
-    steps, biases, others = [], [], []
+    norms, steps, others = norms_of(model), [], {(1.0, None): []}     # by --bias-lr and --norm-weight-decay
     for name, parameter in model.named_parameters():
         if name.split(".")[-1] in quantization.STEPS:
             steps.append(parameter)
         elif name not in filters:
-            (biases if name.endswith("bias") and settings["bias_lr"] != 1 else others).append(parameter)
+            rate = settings["bias_lr"] if name.endswith("bias") else 1.0
+            decay = settings["norm_weight_decay"] if name in norms else None
+            others.setdefault((rate, decay), []).append(parameter)
     rates = {"momentum": settings["momentum"], "lr": settings["lr"], "weight_decay": settings["weight_decay"],
              "nesterov": settings["nesterov"] and settings["momentum"] > 0}         # Nesterov needs momentum
-    groups = [{"params": others, **rates},
-              {"params": biases, **rates, "lr": settings["lr"] * settings["bias_lr"],
-               "weight_decay": settings["weight_decay"] / settings["bias_lr"]},
-              {"params": steps, **rates, "weight_decay": 0.0}]
+    groups = [{"params": parameters, **rates, "lr": settings["lr"] * rate,
+               "weight_decay": (settings["weight_decay"] if decay is None else decay) / rate}
+              for (rate, decay), parameters in others.items()]
+    groups.append({"params": steps, **rates, "weight_decay": 0.0})
     if filters:
         groups.insert(0, {"params": [weight for weight, _ in filters.values()], "names": list(filters),
                           "blocks": [count for _, count in filters.values()],
                           "rate": "muon_lr", "lr": settings["muon_lr"], "momentum": settings["muon_momentum"],
                           "weight_decay": settings["muon_decay"], "keep_norm": settings["keep_norm"]})
     return [group for group in groups if group["params"]]
+
+
+def norms_of(model):
+    """Names of the scales and biases of batch norm."""
+    return {f"{name}.{own}" for name, layer in model.named_modules() if isinstance(layer, NORM)
+            for own, _ in layer.named_parameters(recurse=False)}
 
 
 def filters_of(model, moved=None):

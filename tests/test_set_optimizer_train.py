@@ -124,6 +124,28 @@ def test_every_parameter_is_in_one_group_and_biases_follow_their_own_rate():
     assert len(make_optimizer(model, {**SETTINGS, "optimizer": "sgd"}).param_groups) == 1
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("bias_lr", [1.0, 4.0])
+@pytest.mark.parametrize("own", [None, 0.0, 0.3])
+def test_the_weight_decay_of_batch_norm_is_its_own(own, bias_lr, optimizer):
+    model = models.build("mobilenet")
+    settings = {**SETTINGS, "optimizer": optimizer, "lr": 0.2, "weight_decay": 0.1, "norm_weight_decay": own,
+                "bias_lr": bias_lr, "muon_lr": 0.05, "muon_decay": 0.2}
+    made = make_optimizer(model, settings)
+    filters = filters_of(model) if optimizer == "muon" else {}
+    held = [parameter for group in made.param_groups for parameter in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    with torch.no_grad():
+        for parameter in model.parameters():                                 # the scales and biases of batch norm, too
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    made.step()
+    for name, parameter in model.named_parameters():
+        decay = own if own is not None and ".bn" in f".{name}" else 0.1      # without a gradient a step only decays,
+        expected = 1 - 0.05 * 0.2 if name in filters else 1 - 0.2 * decay * 1.9      # by Nesterov's momentum 1.9 times
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected), msg=name)
+
+
 def test_a_parameter_without_gradient_stays():
     model = models.build("vgg6-8-8-8")
     optimizer, before = make_optimizer(model, SETTINGS), copy.deepcopy(model.state_dict())
@@ -153,7 +175,7 @@ def test_momentum_shrinks_with_its_channels():
 def test_a_run_with_muon_resumes_to_the_bit_across_pruning(tmp_path):
     flags = [*shlex.split("--dataset digits --limit 64 --batch-size 32 --compile off --device cpu --seed 3 "
                           "--epochs 2 1 2 --sparsity 0.7 0.7 --model resnet8-8-8-8 --mixing cutout --bias-lr 2 "
-                          "--peak 0"), *SPEEDY]
+                          "--peak 0 --norm-weight-decay 0"), *SPEEDY]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_pruning.main([*flags, "--out", str(whole)])
     run_in_parts(lambda: train_pruning.main([*flags, "--out", str(parts)]), parts, 5)
