@@ -38,7 +38,6 @@ SETTINGS = {
 }
 COEFFICIENTS = 3.4445, -4.7750, 2.0315      # of the quintic iteration; singular values end between 0.7 and 1.2
 ITERATIONS = 5
-NORM = nn.modules.batchnorm._BatchNorm
 
 
 def make_optimizer(model, settings, moved=None):
@@ -84,7 +83,7 @@ def parameter_groups(model, settings, moved=None):
 
 def norms_of(model):
     """Names of the scales and biases of batch norm."""
-    return {f"{name}.{own}" for name, layer in model.named_modules() if isinstance(layer, NORM)
+    return {f"{name}.{own}" for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)
             for own, _ in layer.named_parameters(recurse=False)}
 
 
