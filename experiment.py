@@ -175,8 +175,10 @@ def tell_idle(run, table, given):
               for name in ("groups", "shuffle") if name in given and name not in run.architecture]
     normed = any(isinstance(layer, torch.nn.BatchNorm2d) for layer in run.model.modules())
     whole = run.settings["teacher"] and run.settings["distillation_weight"] == 1
+    unnormed = not normed, f"{run.settings['model']} has no batch norm"
     reasons = {        # (flag, value or None for any): (whether it changes nothing, why)
-        ("recalibrate", True): (not normed, f"{run.settings['model']} has no batch norm"),
+        ("recalibrate", True): unnormed,
+        ("norm_weight_decay", None): unnormed,
         ("flips", "alternating"): (not run.kind.flip, f"images of {run.settings['dataset']} are not mirrored"),
         ("shuffle", False): (run.architecture.get("groups") == 1, "one group has nothing to interleave"),
         ("convolutions", "dense"): (not compiling.grouped_layers(run.model), "no convolution of floats has groups"),

@@ -26,6 +26,7 @@ def started(out, flags):
     ("--mixing mixup --mix-alpha 0", "--mixing mixup changes nothing beside --mix-alpha 0"),
     ("--mixing mixup --mix-alpha 0 --mix-per-sample", "--mix-per-sample changes nothing beside --mix-alpha 0"),
     ("--mixing cutout --mix-alpha 0", "--mixing cutout changes nothing beside --mix-alpha 0"),
+    ("--norm-weight-decay 0", "--norm-weight-decay 0.0 changes nothing: lenet5-student has no batch norm"),
     ("--model resnet18 --groups 1 --no-shuffle", "--no-shuffle changes nothing: one group has nothing to interleave"),
     ("--teacher {teacher} --distillation-weight 1 --label-smoothing 0.3",
      "--label-smoothing 0.3 changes nothing: with --distillation-weight 1 the labels have no part in the loss")])
@@ -37,6 +38,7 @@ def test_a_flag_that_changes_nothing_is_told(flags, told, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", ["--mixing mixup --mix-alpha 0.3", "--label-smoothing 0.3",
+                                   "--model resnet8-8-8-8 --norm-weight-decay 0",
                                    "--model resnet18 --groups 2 --no-shuffle"])
 def test_and_one_that_changes_something_is_not(flags, tmp_path, capsys):
     started(tmp_path / "run", flags)
