@@ -36,7 +36,7 @@ from engine.settings import alone, check, check_each, defaults_of, differing, fl
 from engine.small_images import use_products
 from networks import architecture_of, begin_bits, build, check_batch, image_shape, load_start, load_teacher
 from set_distillation_train import share_of_teacher
-from set_optimizer_train import make_optimizer, moved_by_muon
+from set_optimizer_train import make_optimizer, moved_by_muon, norms_of
 from set_pruning_train import (
     as_joined,
     check_position,
@@ -173,9 +173,8 @@ def tell_idle(run, table, given):
     found = idle(table, run.settings, given)
     found += [f"{flag_of(name, given[name])} changes nothing: {run.settings['model']} has no {name}"
               for name in ("groups", "shuffle") if name in given and name not in run.architecture]
-    normed = any(isinstance(layer, torch.nn.BatchNorm2d) for layer in run.model.modules())
     whole = run.settings["teacher"] and run.settings["distillation_weight"] == 1
-    unnormed = not normed, f"{run.settings['model']} has no batch norm"
+    unnormed = not norms_of(run.model), f"{run.settings['model']} has no batch norm"
     reasons = {        # (flag, value or None for any): (whether it changes nothing, why)
         ("recalibrate", True): unnormed,
         ("norm_weight_decay", None): unnormed,
