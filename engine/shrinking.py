@@ -15,6 +15,7 @@ not necessarily the same ones.
 """
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -212,22 +213,19 @@ def balanced(weak, scores, rows, columns, round_to=1):
     `round_to`. Returns an ascending LongTensor.
     """
     from scipy.optimize import linear_sum_assignment
-    groups = int(rows.max()) + 1
-    waiting = sorted(weak.nonzero().flatten().tolist(), key=lambda channel: float(scores[channel]))
-    removals = []
+    groups, scores = int(rows.max()) + 1, scores.tolist()
+    waiting, removals = {}, []            # {(row, column): its weak channels, the next one to leave last}
+    for channel in sorted(weak.nonzero().flatten().flip(0).tolist(), key=scores.__getitem__, reverse=True):
+        waiting.setdefault((int(rows[channel]), int(columns[channel])), []).append(channel)
     while len(removals) < len(weak) // groups - 1:
-        cheapest = {}
-        for channel in waiting:
-            cheapest.setdefault((int(rows[channel]), int(columns[channel])), channel)
-        cost = torch.full((groups, groups), math.inf, dtype=torch.float64)
-        for place, channel in cheapest.items():
-            cost[place] = float(scores[channel])
-        ceiling = 1 + groups * max((abs(value) for value in cost[torch.isfinite(cost)].tolist()), default=0.0)
-        chosen = list(zip(*linear_sum_assignment(cost.nan_to_num(posinf=2 * ceiling).numpy()), strict=True))
-        if not all(place in cheapest for place in chosen):
+        cost = np.full((groups, groups), math.inf)
+        for place, channels in waiting.items():
+            cost[place] = scores[channels[-1]] if channels else math.inf
+        ceiling = 1 + groups * np.abs(cost[np.isfinite(cost)]).max(initial=0.0)
+        chosen = list(zip(*linear_sum_assignment(np.nan_to_num(cost, posinf=2 * ceiling)), strict=True))
+        if not all(waiting.get(place) for place in chosen):
             break
-        removals.append({cheapest[place] for place in chosen})
-        waiting = [channel for channel in waiting if channel not in removals[-1]]
+        removals.append([waiting[place].pop() for place in chosen])
     while removals and (len(weak) - groups * len(removals)) % max(1, round_to // math.gcd(round_to, groups) * groups):
         removals.pop()
     stays = torch.ones(len(weak), dtype=torch.bool)

@@ -140,7 +140,8 @@ def test_bfloat16_arithmetic_leaves_weights_and_average_in_float32(tmp_path):
     "--pruning l1_cycle --cycle {cycle}", "--pruning morphnet --morph-budget 0.5"])
 def test_every_technique_trains_weights_in_channels_last_as_on_cuda(flags, tmp_path, monkeypatch):
     cycle = tmp_path / "cycle.json"
-    cycle.write_text(json.dumps({"finetuning_epochs": 1, "stop_loss": 1e9, "pruning_percent_step": 0.5}))
+    cycle.write_text(json.dumps({"finetuning_epochs": 1, "stop_loss": 1e9, "pruning_percent_step": 0.5,
+                                 "layers": ["layer1.0.conv1", "layer4.1.conv1"]}))
     build, formats = experiment.build, []
     monkeypatch.setattr(experiment, "build", lambda **given: build(**given).to(memory_format=torch.channels_last))
 

@@ -18,17 +18,26 @@ CITED = [{"name": "dense", "short": "dense", "accuracy": [95.3, 96.0], "paramete
           "link": "https://example.org"}]
 
 
-@pytest.fixture
-def named(trained, tmp_path, monkeypatch):
-    """An overview of one network, that of a run, and of what is cited above; the folder to write to."""
+@pytest.fixture(scope="module")
+def measured(trained, tmp_path_factory):
+    """An overview of one network, that of a run, and of what is cited above: what names them, what was written."""
+    folder = tmp_path_factory.mktemp("overview")
     ours = [{"name": "ours to test, small", "short": "small", "file": str(trained / "model.pt"), "n": 1}]
-    (tmp_path / "named.json").write_text(json.dumps({"ours": ours, "cited": CITED}))
-    monkeypatch.setattr(overview, "NAMED", tmp_path / "named.json")
-    return tmp_path / "out"
+    (folder / "named.json").write_text(json.dumps({"ours": ours, "cited": CITED}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overview, "NAMED", folder / "named.json")
+        overview.main(["--out", str(folder / "out")])
+    return folder
+
+
+@pytest.fixture
+def named(measured, monkeypatch):
+    """What names the networks of that overview is in force; the folder that was written."""
+    monkeypatch.setattr(overview, "NAMED", measured / "named.json")
+    return measured / "out"
 
 
 def test_a_row_is_what_the_scripts_find(named, trained, capsys):
-    overview.main(["--out", str(named)])
     (row,) = json.loads((named / "overview.json").read_text())["ours"]
     capsys.readouterr()
     half_test.main(["--checkpoint", str(trained / "model.pt"), "--json"])
@@ -49,8 +58,8 @@ def test_a_row_is_what_the_scripts_find(named, trained, capsys):
     assert (named / "overview.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_draw_measures_nothing(named, monkeypatch):
-    overview.main(["--out", str(named)])
+def test_draw_measures_nothing(named, tmp_path, monkeypatch):
+    named = shutil.copytree(named, tmp_path / "out")
     monkeypatch.setattr(overview, "call", None)
     before = (named / "overview.md").read_bytes()
     (named / "overview.md").unlink()
@@ -68,9 +77,9 @@ def test_a_name_stands_below_its_point_or_above_where_that_is_asked(monkeypatch)
         assert heights["under"] < 0 < heights["over"]
 
 
-def test_without_numbers_nothing_is_drawn(named):
+def test_without_numbers_nothing_is_drawn(named, tmp_path):
     with pytest.raises(FileNotFoundError, match="leave out --draw"):
-        overview.main(["--out", str(named), "--draw"])
+        overview.main(["--out", str(tmp_path / "out"), "--draw"])
 
 
 def test_every_network_that_ships_is_in_it_as_it_is_now(tmp_path):
