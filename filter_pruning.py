@@ -43,6 +43,8 @@ SETTINGS = only("pruning", ("filters",), {
     "filter_one_layer": Setting(False, "remove filters from one layer at a time, in turn"),
     "filter_interval": Setting(2, "epochs from one removal to the next", low=1),
     "filter_stop": Setting(0.6, "share of the training after which no more filters are removed", low=0, high=1),
+    "filter_warmup": Setting(0.0, "share of the training in which the threshold grows from 0 to its value", low=0,
+                             high=1),
     "filter_until": Setting(0, "remove no more filters once the network has at most so many parameters", low=0),
     "cycle": Setting(None, "settings of the L1 cycle, see filter_pruning.CYCLE", form=str, shown="JSON", fixed=True,
                      only=(("pruning", ("l1_cycle",)),)),

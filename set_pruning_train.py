@@ -290,11 +290,17 @@ def reduce_filters(settings, epoch, model, average, optimizer, masks):
     if small or epoch % settings["filter_interval"] or epoch > stop:
         return ""
     turn = epoch // settings["filter_interval"] - 1 if settings["filter_one_layer"] else None
-    found = filter_pruning.reduce_network(model, settings["filter_threshold"], settings["filter_relative"],
+    found = filter_pruning.reduce_network(model, threshold_after(settings, epoch), settings["filter_relative"],
                                           settings["filter_columns"], turn, average, optimizer, masks,
                                           settings["filter_measure"])
     return ", ".join(f"{name} {before} -> {after}" + f" ({held} weak ones have to stay)" * bool(held)
                      for name, (before, after, held) in found.items() if after < before)
+
+
+def threshold_after(settings, epoch):
+    """The threshold of Zhou's reduction after `epoch` epochs: --filter-threshold, or less during --filter-warmup."""
+    warmup = settings["filter_warmup"] * settings["epochs"][-1]
+    return settings["filter_threshold"] * (min(1.0, epoch / warmup) if warmup else 1.0)
 
 
 def start_search(settings, round_, model, shape):

@@ -118,7 +118,7 @@ def test_a_share_of_the_epochs_is_not_one_short_by_rounding(share, epochs):
     assert [set_pruning_train.is_pruned(settings, 0, epoch) for epoch in (last, last + 1)] == [last == epochs, True]
     settings = {"pruning": "filters", "filter_interval": last, "filter_stop": share, "filter_threshold": 0.1,
                 "filter_until": 0, "filter_one_layer": False, "filter_relative": True, "filter_columns": False,
-                "filter_measure": "filter", "epochs": [epochs]}
+                "filter_measure": "filter", "filter_warmup": 0.0, "epochs": [epochs]}
     assert set_pruning_train.never_reduces(settings, 9) == ""
     model = networks.build("lenet5")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -8,6 +8,7 @@ from sample_runs import ROUNDS, assert_same_run, history_of, resume, run_in_part
 from torch.utils.flop_counter import FlopCounterMode
 
 import experiment
+import filter_pruning
 import morphnet
 import networks
 import profil
@@ -95,7 +96,7 @@ def test_latency_and_parameters_are_costs_too(tmp_path):
 
 
 LAYER_BY_LAYER = {"filter_relative": True, "filter_columns": False, "filter_one_layer": True,
-                  "filter_measure": "filter", "epochs": [8]}
+                  "filter_measure": "filter", "filter_warmup": 0.0, "epochs": [8]}
 
 
 def test_filters_leave_on_their_epochs_only():
@@ -121,6 +122,20 @@ def test_filters_stay_once_few_parameters_are_left():
     settings["filter_until"] = sizes[-1] - 1                    # one parameter fewer is asked for: more leave
     assert set_pruning_train.reduce_filters(settings, 9, model, None, optimizer, {}) == "" != \
         set_pruning_train.reduce_filters(settings, 8, model, None, optimizer, {})
+
+
+@pytest.mark.parametrize("warmup, thresholds", [
+    (0.0, [0.8] * 8), (0.5, [0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8, 0.8]), (1.0, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]),
+    (0.05, [0.8] * 8)])                                          # less than an epoch
+def test_the_threshold_grows_to_its_value(warmup, thresholds, monkeypatch):
+    settings, taken = {**LAYER_BY_LAYER, "filter_interval": 1, "filter_stop": 1, "filter_threshold": 0.8,
+                       "filter_until": 0, "filter_warmup": warmup}, []
+    monkeypatch.setattr(filter_pruning, "reduce_network",
+                        lambda model, threshold, *given: taken.append(threshold) or {})
+    model = networks.build("lenet5")
+    for epoch in range(1, 9):
+        set_pruning_train.reduce_filters(settings, epoch, model, None, None, {})
+    assert taken == pytest.approx(thresholds)
 
 
 # ---- --finetune-lr
